@@ -1,0 +1,20 @@
+"""The package's operations: a plain torch reference for each, and a faster back end where one runs.
+
+Importing this needs torch alone and asks neither the device nor the environment anything.
+"""
+
+from .quantize import (
+    dequantize_activation,
+    dequantize_weight,
+    quantize_activation,
+    quantize_activation_transposed,
+    quantize_weight,
+)
+
+__all__ = [
+    "dequantize_activation",
+    "dequantize_weight",
+    "quantize_activation",
+    "quantize_activation_transposed",
+    "quantize_weight",
+]
