@@ -3,6 +3,8 @@
 Importing this needs torch alone and asks neither the device nor the environment anything.
 """
 
+from .dispatch import BackendRow, BackendTable, backends
+from .mla import mla_decode
 from .quantize import (
     dequantize_activation,
     dequantize_weight,
@@ -12,8 +14,12 @@ from .quantize import (
 )
 
 __all__ = [
+    "BackendRow",
+    "BackendTable",
+    "backends",
     "dequantize_activation",
     "dequantize_weight",
+    "mla_decode",
     "quantize_activation",
     "quantize_activation_transposed",
     "quantize_weight",

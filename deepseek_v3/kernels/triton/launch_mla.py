@@ -1,0 +1,110 @@
+"""Launcher of the absorbed MLA decode: tile sizes by the number of query rows, splits by the size of the card."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from ..dispatch import capability, processors
+from .mla import mla_combine, mla_split
+
+NO_WINDOW = 1 << 30
+LOG2_E = 1.4426950408889634
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """rows, slots: tile of queries and of cached tokens; halves: output parts; stages, warps: Triton's."""
+
+    rows: int
+    slots: int
+    halves: int
+    stages: int
+    warps: int
+    tma: bool
+
+
+# Few rows are bound by memory: a 16-row tile and deep asynchronous copies. Many rows are bound by arithmetic: 64-row
+# tiles, half of the output each.
+FEW_ROWS = Tiling(rows=16, slots=64, halves=1, stages=3, warps=4, tma=False)
+FEW_ROWS_FP8 = Tiling(rows=16, slots=64, halves=1, stages=3, warps=4, tma=False)
+MANY_ROWS = Tiling(rows=64, slots=64, halves=2, stages=2, warps=4, tma=True)
+MANY_ROWS_POINTERS = Tiling(rows=64, slots=64, halves=2, stages=2, warps=4, tma=False)
+# Cards before Hopper hold 100 KB of shared memory or a little more.
+SMALL_CARD = Tiling(rows=16, slots=32, halves=1, stages=2, warps=4, tma=False)
+
+
+def tiling_for(rows: int, rank: int, fp8: bool, hopper: bool, aligned: bool) -> Tiling:
+    """The tiling for ``rows`` queries a batch row and latents of ``rank``; ``aligned``: TMA can read the cache."""
+    if not hopper:
+        return SMALL_CARD
+    if rows <= 16:
+        return FEW_ROWS_FP8 if fp8 else FEW_ROWS
+    # Halves narrower than 128 would cut a scale's group in two.
+    if rank < 256:
+        return FEW_ROWS
+    return MANY_ROWS if aligned and not fp8 else MANY_ROWS_POINTERS
+
+
+def tma_ready(tensor: torch.Tensor) -> bool:
+    """Whether a tensor descriptor can address it: rows dense, base and strides multiples of 16 bytes."""
+    size = tensor.element_size()
+    return (
+        tensor.stride(-1) == 1
+        and tensor.data_ptr() % 16 == 0
+        and all(stride > 0 and stride * size % 16 == 0 for stride in tensor.stride()[:-1])
+    )
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:
+    """Memory in which Triton writes the descriptors that a kernel makes."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+def splits_for(programs: int, slots: int, tiling: Tiling, multiprocessors: int) -> int:
+    """Splits of the cached length so that about one program falls to each multiprocessor, and no more."""
+    return max(1, min(multiprocessors // programs, math.ceil(slots / tiling.slots)))
+
+
+def mla_decode(q_latent, q_rope, latent, rope, scale, lengths, starts, latent_scale, sliding_window, tiling=None):
+    """See ``deepseek_v3.kernels.mla_decode``; all tensors' last dimensions are dense."""
+    batch, queries, heads, rank = q_latent.shape
+    slots, device, rows = latent.shape[1], q_latent.device, queries * heads
+    on_gpu, fp8 = device.type == "cuda", latent_scale is not None
+    if tiling is None:
+        hopper = not on_gpu or capability(device.index) >= (9, 0)
+        tiling = tiling_for(rows, rank, fp8, hopper, tma_ready(latent) and tma_ready(rope))
+    tiles = triton.cdiv(rows, tiling.rows) * tiling.halves
+    splits = splits_for(tiles * batch, slots, tiling, processors(device.index) if on_gpu else 4)
+    out = torch.empty(q_latent.shape, dtype=q_latent.dtype, device=device)
+    lse = torch.empty(batch, queries, heads, dtype=torch.float32, device=device)
+    partial, partial_lse = out, lse
+    if splits > 1:
+        partial = torch.empty(batch, rows, splits, rank, dtype=torch.float32, device=device)
+        partial_lse = torch.empty(batch, rows, splits, dtype=torch.float32, device=device)
+    if tiling.tma and on_gpu:
+        triton.set_allocator(_scratch)
+    mla_split[(tiles, splits, batch)](
+        q_latent, q_rope, latent, rope, latent_scale, lengths, starts, partial, partial_lse,
+        queries, heads, slots, splits, sliding_window or NO_WINDOW, scale * LOG2_E,
+        *q_latent.stride()[:3], *q_rope.stride()[:3], *latent.stride()[:2], *rope.stride()[:2],
+        *(latent_scale.stride()[:2] if fp8 else (0, 0)),
+        C=rank, R=rope.shape[2], HALVES=tiling.halves, BLOCK_M=tiling.rows, BLOCK_N=tiling.slots,
+        FP8=fp8, TMA=tiling.tma, LENGTHS=lengths is not None, STARTS=starts is not None, STAGES=tiling.stages,
+        num_warps=tiling.warps,
+    )  # fmt: skip
+    if splits > 1:
+        cols = min(rank, 128)
+        mla_combine[(batch * rows, rank // cols)](
+            partial,
+            partial_lse,
+            out,
+            lse,
+            splits,
+            C=rank,
+            COLS=cols,
+            SPLITS=triton.next_power_of_2(splits),
+            num_warps=4,
+        )
+    return out, lse

@@ -1,0 +1,313 @@
+"""Absorbed MLA decode against a float64 softmax over an explicit list of slots."""
+
+import math
+
+import pytest
+import torch
+
+from deepseek_v3 import kernels
+from deepseek_v3.kernels import mla_decode, quantize_activation
+
+
+def truth(q_latent, q_rope, latent, rope, scale, lengths, starts, window):
+    """Float64, one query at a time; reads the slots that the definition names and no others."""
+    batch, queries, heads, rank = q_latent.shape
+    out = torch.zeros(q_latent.shape, dtype=torch.float64)
+    lse = torch.full((batch, queries, heads), -math.inf, dtype=torch.float64)
+    for b in range(batch):
+        for t in range(queries):
+            stop = lengths[b] - (queries - 1 - t)
+            first = starts[b] if window is None else max(starts[b], stop - window)
+            if stop <= first:
+                continue
+            keys, values = rope[b, first:stop].double(), latent[b, first:stop].double()
+            logits = scale * (q_latent[b, t].double() @ values.T + q_rope[b, t].double() @ keys.T)
+            out[b, t] = logits.softmax(-1) @ values
+            lse[b, t] = logits.logsumexp(-1)
+    return out, lse
+
+
+def make(target, *, batch, queries, heads, slots, rank, pe, lengths, starts, spread=1.0):
+    """Inputs of the target's dtype; cache slots out of use hold NaN, and the cache is a view of a wider buffer."""
+    q = torch.randn(batch, heads, queries, rank + pe).to(target.dtype).transpose(1, 2) * spread
+    cache = torch.randn(batch, slots + 3, rank + pe + 16).to(target.dtype)[:, :slots]
+    for b in range(batch):
+        cache[b, : starts[b]] = math.nan
+        cache[b, lengths[b] :] = math.nan
+    q, cache = q.to(target.device), cache.to(target.device)
+    return q[..., :rank], q[..., rank:], cache[..., :rank], cache[..., rank : rank + pe]
+
+
+def tolerance(dtype):
+    # Twice the unit roundoff of the output for each of the two roundings (weights and result).
+    return {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[dtype]
+
+
+def compare(got, expected, dtype):
+    out, lse = (x.cpu().double() for x in got)
+    true_out, true_lse = expected
+    assert (lse.isneginf() == true_lse.isneginf()).all()
+    seen = ~true_lse.isneginf()
+    assert (out[~seen] == 0).all()
+    size = true_out[seen].abs().max() if seen.any() else 1.0
+    assert (out - true_out)[seen].abs().max() <= tolerance(dtype) * size if seen.any() else True
+    assert torch.allclose(lse[seen], true_lse[seen], atol=1e-5 if dtype == torch.float32 else 2e-3, rtol=1e-5)
+
+
+CASES = {
+    "one slot": {
+        "batch": 1,
+        "queries": 1,
+        "heads": 16,
+        "slots": 1,
+        "rank": 64,
+        "pe": 16,
+        "lengths": [1],
+        "starts": [0],
+    },
+    "ragged slots, odd heads": {
+        "batch": 2,
+        "queries": 1,
+        "heads": 5,
+        "slots": 129,
+        "rank": 64,
+        "pe": 16,
+        "lengths": [129, 127],
+        "starts": [0, 0],
+    },
+    "left padding, lengths": {
+        "batch": 3,
+        "queries": 1,
+        "heads": 16,
+        "slots": 200,
+        "rank": 64,
+        "pe": 32,
+        "lengths": [200, 63, 64],
+        "starts": [7, 0, 63],
+    },
+    "drafts": {
+        "batch": 2,
+        "queries": 4,
+        "heads": 8,
+        "slots": 150,
+        "rank": 32,
+        "pe": 16,
+        "lengths": [150, 66],
+        "starts": [3, 60],
+    },
+    "drafts longer than the row": {
+        "batch": 2,
+        "queries": 8,
+        "heads": 4,
+        "slots": 70,
+        "rank": 32,
+        "pe": 16,
+        "lengths": [3, 70],
+        "starts": [0, 66],
+    },
+    "window": {
+        "batch": 2,
+        "queries": 2,
+        "heads": 16,
+        "slots": 300,
+        "rank": 32,
+        "pe": 16,
+        "lengths": [300, 40],
+        "starts": [0, 10],
+        "window": 33,
+    },
+    "empty row": {
+        "batch": 2,
+        "queries": 1,
+        "heads": 16,
+        "slots": 64,
+        "rank": 32,
+        "pe": 16,
+        "lengths": [0, 64],
+        "starts": [0, 64],
+    },
+    "two output halves": {
+        "batch": 1,
+        "queries": 1,
+        "heads": 70,
+        "slots": 150,
+        "rank": 256,
+        "pe": 64,
+        "lengths": [140],
+        "starts": [9],
+    },
+    "halves and drafts": {
+        "batch": 2,
+        "queries": 3,
+        "heads": 24,
+        "slots": 190,
+        "rank": 256,
+        "pe": 64,
+        "lengths": [190, 2],
+        "starts": [0, 0],
+        "window": 100,
+    },
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_matches_float64(target, name):
+    case = dict(CASES[name])
+    window = case.pop("window", None)
+    inputs = make(target, **case)
+    scale = (case["rank"] + case["pe"]) ** -0.5
+    lengths, starts = (
+        torch.tensor(case[key], dtype=torch.int32, device=target.device) for key in ("lengths", "starts")
+    )
+    got = mla_decode(
+        *inputs, scale=scale, lengths=lengths, starts=starts, sliding_window=window, backend=target.backend
+    )
+    assert got[0].dtype == target.dtype and got[0].is_contiguous() and got[1].dtype == torch.float32
+    compare(got, truth(*(x.cpu() for x in inputs), scale, case["lengths"], case["starts"], window), target.dtype)
+
+
+def test_whole_cache_without_lengths_or_starts(target):
+    case = {
+        "batch": 2,
+        "queries": 2,
+        "heads": 16,
+        "slots": 130,
+        "rank": 64,
+        "pe": 16,
+        "lengths": [130, 130],
+        "starts": [0, 0],
+    }
+    inputs = make(target, **case)
+    got = mla_decode(*inputs, scale=0.2, backend=target.backend)
+    compare(got, truth(*(x.cpu() for x in inputs), 0.2, [130, 130], [0, 0], None), target.dtype)
+
+
+def test_sharp_logits_stay_finite(target):
+    case = {
+        "batch": 1,
+        "queries": 1,
+        "heads": 16,
+        "slots": 500,
+        "rank": 64,
+        "pe": 16,
+        "lengths": [500],
+        "starts": [0],
+        "spread": 30.0,
+    }
+    inputs = make(target, **case)
+    got = mla_decode(*inputs, scale=1.0, backend=target.backend)
+    assert got[0].isfinite().all()
+    out, lse = truth(*(x.cpu() for x in inputs), 1.0, [500], [0], None)
+    assert torch.allclose(got[1].cpu().double(), lse, rtol=1e-4)
+    # Logits near 250 cost float32 eight bits: 1e-4 was measured for plain torch.
+    assert (got[0].cpu().double() - out).abs().max() <= max(3e-4, 2 * tolerance(target.dtype)) * out.abs().max()
+
+
+@pytest.mark.parametrize("heads, rank", [(16, 128), (70, 256)])
+def test_fp8_latents(target, heads, rank):
+    case = {
+        "batch": 2,
+        "queries": 2,
+        "heads": heads,
+        "slots": 140,
+        "rank": rank,
+        "pe": 16,
+        "lengths": [140, 77],
+        "starts": [0, 5],
+    }
+    q_latent, q_rope, latent, rope = make(target, **case)
+    codes, latent_scale = quantize_activation(latent)
+    lengths, starts = (
+        torch.tensor(case[key], dtype=torch.int32, device=target.device) for key in ("lengths", "starts")
+    )
+    got = mla_decode(
+        q_latent, q_rope, codes, rope,
+        scale=0.1, lengths=lengths, starts=starts, latent_scale=latent_scale, backend=target.backend,
+    )  # fmt: skip
+    # The latent is what the codes stand for, rounded to the dtype in which products are taken.
+    values = (codes.float() * latent_scale.repeat_interleave(128, -1)).to(target.dtype)
+    inputs = (x.cpu() for x in (q_latent, q_rope, values, rope))
+    compare(got, truth(*inputs, 0.1, case["lengths"], case["starts"], None), target.dtype)
+
+
+def test_compiles_to_one_node(target):
+    case = {
+        "batch": 2,
+        "queries": 1,
+        "heads": 16,
+        "slots": 64,
+        "rank": 32,
+        "pe": 16,
+        "lengths": [64, 64],
+        "starts": [0, 0],
+    }
+    inputs = make(target, **case)
+    graphs = []
+
+    def keep(module, example_inputs):
+        graphs.append(module)
+        return module
+
+    def call(*args):
+        return mla_decode(*args, scale=0.3, backend=target.backend)
+
+    compiled = torch.compile(call, backend=keep, fullgraph=True)(*inputs)
+    assert torch.equal(compiled[0], call(*inputs)[0])
+    nodes = [node for node in graphs[0].graph.nodes if node.op == "call_function" and "mla_decode" in str(node.target)]
+    assert len(nodes) == 1
+    torch.library.opcheck(
+        torch.ops.deepseek_v3.mla_decode.default,
+        (*inputs, 0.3, None, None, None, None, target.backend),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
+def test_gradients_flow_through_the_reference():
+    def call(*args):
+        return mla_decode(*args, scale=0.3, lengths=torch.tensor([5, 3]))[0]
+
+    shapes = ((2, 2, 3, 4), (2, 2, 3, 2), (2, 5, 4), (2, 5, 2))
+    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    assert torch.autograd.gradcheck(call, inputs)
+    with pytest.raises(RuntimeError, match="no gradient"):
+        mla_decode(*inputs, scale=0.3, backend="triton")
+
+
+def test_a_back_end_that_cannot_run_says_why(monkeypatch):
+    inputs = [torch.randn(shape) for shape in ((1, 1, 2, 16), (1, 1, 2, 16), (1, 4, 16), (1, 4, 16))]
+    with pytest.raises(RuntimeError, match="triton.*(cpu|not installed)"):
+        mla_decode(*inputs, scale=1.0, backend="triton")
+    with pytest.raises(ValueError, match="no back end 'cutlass'"):
+        mla_decode(*inputs, scale=1.0, backend="cutlass")
+    monkeypatch.setenv("DEEPSEEK_V3_KERNELS", "fp8_gemm=torch,mla_decode=triton")
+    with pytest.raises(RuntimeError, match="DEEPSEEK_V3_KERNELS"):
+        mla_decode(*inputs, scale=1.0)
+    assert mla_decode(*inputs, scale=1.0, backend="torch")[0].isfinite().all()
+
+
+def test_the_table_names_every_operation(monkeypatch):
+    table = kernels.backends("cpu")
+    row = next(row for row in table if row.operation == "mla_decode")
+    assert row.chosen == "torch" and "torch" in row.available and "triton" in row.why
+    assert len(str(table).splitlines()) == len(table) + 1 and "mla_decode" in str(table)
+    monkeypatch.setenv("DEEPSEEK_V3_KERNELS", "triton")
+    assert "fails" in next(row for row in kernels.backends("cpu") if row.operation == "mla_decode").why
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"latent": torch.randn(1, 4, 8)}, "disagree"),
+        ({"rope": torch.randn(1, 3, 16)}, "rope"),
+        ({"latent": torch.randn(1, 4, 16).half()}, "does not fit"),
+        ({"lengths": torch.tensor([1.0])}, "integer"),
+        ({"lengths": torch.tensor([1, 2])}, r"\[B\]"),
+        ({"latent_scale": torch.ones(1, 4, 1)}, "latent_scale"),
+        ({"sliding_window": 0}, "at least 1"),
+    ],
+)
+def test_mistakes_are_named(change, words):
+    shapes = {"q_latent": (1, 1, 2, 16), "q_rope": (1, 1, 2, 16), "latent": (1, 4, 16), "rope": (1, 4, 16)}
+    arguments = {name: torch.randn(shape) for name, shape in shapes.items()} | change
+    with pytest.raises(ValueError, match=words):
+        mla_decode(**arguments, scale=1.0)
