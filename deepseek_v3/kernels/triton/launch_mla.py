@@ -57,7 +57,7 @@ def tma_ready(tensor: torch.Tensor) -> bool:
     )
 
 
-def _scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:
+def scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:
     """Memory in which Triton writes the descriptors that a kernel makes."""
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
@@ -84,7 +84,7 @@ def mla_decode(q_latent, q_rope, latent, rope, scale, lengths, starts, latent_sc
         partial = torch.empty(batch, rows, splits, rank, dtype=torch.float32, device=device)
         partial_lse = torch.empty(batch, rows, splits, dtype=torch.float32, device=device)
     if tiling.tma and on_gpu:
-        triton.set_allocator(_scratch)
+        triton.set_allocator(scratch)
     mla_split[(tiles, splits, batch)](
         q_latent, q_rope, latent, rope, latent_scale, lengths, starts, partial, partial_lse,
         queries, heads, slots, splits, sliding_window or NO_WINDOW, scale * LOG2_E,

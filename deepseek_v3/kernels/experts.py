@@ -1,0 +1,127 @@
+"""The routed experts of a mixture: sort the pairs, two grouped products with SwiGLU between, weighted sum back.
+
+T tokens, D hidden, E experts, K experts a token, F expert width, P = T * K pairs. Source: DeepSeek-V3 report,
+equations 12 and 13. Nothing here reads a number back from the device, so a step can be captured in a CUDA graph.
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+
+from . import dispatch
+from .grouped import grouped_gemm
+from .permute import combine_pairs, gather_pairs, sort_pairs
+from .reference import experts as reference
+
+OPERATION = "experts_decode"
+# Up to so many pairs an expert on average, the time is that of reading the weights.
+FEW_ROWS = 16
+
+
+class Experts(Protocol):
+    """What the experts' module holds: gate_up_proj [E, 2F, D] with the gate rows first, down_proj [E, D, F]."""
+
+    gate_up_proj: torch.Tensor
+    down_proj: torch.Tensor
+    act_fn: Callable[[torch.Tensor], torch.Tensor]
+
+
+def _reasons(device: torch.device) -> dispatch.Reasons:
+    return {"triton": dispatch.triton_reason(device), "torch": None}
+
+
+dispatch.OPERATIONS[OPERATION] = _reasons
+
+
+def _decode_fake(hidden, gate_up, down, index, weights, backend):
+    return hidden.new_empty(hidden.shape)
+
+
+@dispatch.define(
+    "experts_decode(Tensor hidden, Tensor gate_up, Tensor down, Tensor index, Tensor weights, str backend) -> Tensor",
+    _decode_fake,
+)
+def _decode(hidden, gate_up, down, index, weights, backend):
+    """Four launches: sort, up with gather and SwiGLU, down, weighted sum. Each weight that is hit is read once."""
+    reasons = _reasons(hidden.device)
+    if any(t.stride(-1) != 1 for t in (hidden, gate_up, down)):
+        reasons["triton"] = reasons["triton"] or "a last dimension that is not dense"
+    if hidden.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        reasons["triton"] = reasons["triton"] or f"{hidden.dtype}"
+    if dispatch.choose(OPERATION, reasons, backend, hidden.device) == "torch":
+        return _decode_reference(hidden, gate_up, down, index, weights)
+    from .triton.launch_grouped import grouped_rows_few
+    from .triton.launch_permute import combine, sort_pairs
+
+    pairs, width = index.numel(), down.shape[2]
+    order, inverse, offsets = sort_pairs(index, gate_up.shape[0])
+    act = torch.empty(pairs, width, dtype=hidden.dtype, device=hidden.device)
+    grouped_rows_few(hidden, gate_up, offsets, order, index.shape[1], True, act)
+    out = torch.empty(pairs, hidden.shape[1], dtype=hidden.dtype, device=hidden.device)
+    grouped_rows_few(act, down, offsets, None, 1, False, out)
+    return combine(out, inverse, offsets, weights.contiguous(), hidden.shape[0])
+
+
+def _decode_reference(hidden, gate_up, down, index, weights):
+    order, inverse, offsets = reference.sort_pairs(index, gate_up.shape[0])
+    x = reference.gather_rows(hidden, order, index.shape[1])
+    gate, up = reference.grouped_gemm(x, gate_up, offsets, False).chunk(2, dim=-1)
+    y = reference.grouped_gemm(F.silu(gate) * up, down, offsets, False)
+    return reference.combine(y, inverse, offsets, weights, hidden.shape[0])
+
+
+def _is_silu(act_fn) -> bool:
+    return act_fn is F.silu or isinstance(act_fn, torch.nn.SiLU) or type(act_fn).__name__ == "SiLUActivation"
+
+
+def _is_decode(hidden, gate_up, down, index, weights, act_fn) -> bool:
+    """Whether the fused form serves: few rows an expert, SwiGLU, no gradient wanted."""
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (hidden, gate_up, down, weights)):
+        return False
+    if not _is_silu(act_fn) or not hidden.dtype == gate_up.dtype == down.dtype:
+        return False
+    return 0 < index.numel() <= FEW_ROWS * gate_up.shape[0]
+
+
+def experts_forward(
+    self: Experts,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Weighted sum of each token's experts, ``down(act(gate x) * up x)``, with the weights applied after ``down``.
+
+    The signature is the one of transformers' experts interface; ``self`` has ``gate_up_proj`` [E, 2F, D] (gate rows
+    first), ``down_proj`` [E, D, F] and ``act_fn``. Differentiable in hidden_states, both weights and
+    top_k_weights.
+
+    Args:
+        hidden_states: [T, D] or [..., D], the dtype of the weights.
+        top_k_index: integer [T, K]; an index of E or more is an expert that lives elsewhere and adds nothing.
+        top_k_weights: floating [T, K].
+        backend: "auto", "triton" or "torch".
+
+    Returns:
+        The shape and dtype of hidden_states.
+
+    Raises:
+        ValueError: shapes that do not fit. RuntimeError: a backend asked for that cannot run here.
+    """
+    hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
+    if top_k_index.shape != top_k_weights.shape or top_k_index.dim() != 2 or top_k_index.shape[0] != hidden.shape[0]:
+        raise ValueError(
+            f"top_k_index {tuple(top_k_index.shape)} and top_k_weights {tuple(top_k_weights.shape)} must both be "
+            f"[{hidden.shape[0]}, K]"
+        )
+    gate_up, down = self.gate_up_proj, self.down_proj
+    if _is_decode(hidden, gate_up, down, top_k_index, top_k_weights, self.act_fn):
+        out = torch.ops.deepseek_v3.experts_decode(hidden, gate_up, down, top_k_index, top_k_weights, backend)
+        return out.view(hidden_states.shape)
+    order, inverse, offsets = sort_pairs(top_k_index, gate_up.shape[0], backend=backend)
+    x = gather_pairs(hidden, order, inverse, offsets, backend=backend)
+    gate, up = grouped_gemm(x, gate_up, offsets, backend=backend).chunk(2, dim=-1)
+    y = grouped_gemm(self.act_fn(gate) * up, down, offsets, backend=backend)
+    return combine_pairs(y, inverse, offsets, top_k_weights, backend=backend).view(hidden_states.shape)

@@ -1,0 +1,123 @@
+"""Launchers of the grouped matrix products: tile shapes by the number of rows an expert can expect."""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..dispatch import capability
+from .grouped import grouped_columns, grouped_few, grouped_rows
+from .launch_mla import scratch, tma_ready
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """rows, columns, depth of a tile; stages, warps: Triton's; band: row tiles that share weights in a row."""
+
+    rows: int
+    columns: int
+    depth: int
+    stages: int
+    warps: int
+    band: int = 8
+
+
+MANY = Tiling(rows=128, columns=256, depth=64, stages=4, warps=8)
+SOME = Tiling(rows=64, columns=256, depth=64, stages=4, warps=8)
+# Three programs a multiprocessor: the products of the others hide one's float32 promotion.
+FP8_MANY = Tiling(rows=64, columns=128, depth=128, stages=3, warps=4, band=4)
+COLUMNS = Tiling(rows=64, columns=256, depth=128, stages=3, warps=8)
+FEW = Tiling(rows=16, columns=64, depth=128, stages=4, warps=4)
+FEW_SWIGLU = Tiling(rows=16, columns=64, depth=128, stages=3, warps=4)
+# Float32 and cards before Hopper: no asynchronous products, less shared memory.
+PLAIN = Tiling(rows=32, columns=32, depth=32, stages=2, warps=4)
+# Up to so many rows an expert on average, the time is that of reading the weights.
+FEW_ROWS = 16
+
+
+def is_few(pairs: int, experts: int) -> bool:
+    """Whether the few-rows kernels are the faster ones for ``pairs`` rows spread over ``experts``."""
+    return pairs <= FEW_ROWS * experts
+
+
+def _row_tiles(pairs: int, experts: int, rows: int) -> int:
+    """The most row tiles that any spread of the pairs needs; known without looking at the device."""
+    return min(pairs, pairs // rows + experts)
+
+
+def _precision(tensor: torch.Tensor) -> str:
+    return "ieee" if tensor.dtype == torch.float32 else "tf32"
+
+
+def _small(tensor: torch.Tensor) -> bool:
+    return tensor.dtype == torch.float32 or (tensor.is_cuda and capability(tensor.device.index) < (9, 0))
+
+
+def grouped_gemm(x, w, offsets, transposed, out_dtype=None, x_scale=None, w_scale=None, tiling=None):
+    """See ``deepseek_v3.kernels.grouped_gemm`` and ``grouped_fp8_gemm``; last dimensions are dense."""
+    pairs, depth = x.shape
+    experts, fp8 = w.shape[0], x_scale is not None
+    columns = w.shape[2] if transposed else w.shape[1]
+    out = torch.empty(pairs, columns, dtype=out_dtype or x.dtype, device=x.device)
+    if not out.numel():
+        return out
+    if not transposed and is_few(pairs, experts) and tiling is None:
+        return grouped_rows_few(x, w, offsets, None, 1, False, out, x_scale, w_scale)
+    if tiling is None:
+        tiling = FP8_MANY if fp8 else PLAIN if _small(x) else SOME if pairs < 96 * experts else MANY
+    tma = not _small(x) and tma_ready(x) and tma_ready(w)
+    x_tiles = w_tiles = None
+    if tma:
+        x_tiles = TensorDescriptor(x, list(x.shape), list(x.stride()), [tiling.rows, tiling.depth])
+        block = [1, tiling.depth, tiling.columns] if transposed else [1, tiling.columns, tiling.depth]
+        w_tiles = TensorDescriptor(w, list(w.shape), list(w.stride()), block)
+    w_k, w_n = (w.stride(1), w.stride(2)) if transposed else (w.stride(2), w.stride(1))
+    programs = _row_tiles(pairs, experts, tiling.rows) * triton.cdiv(columns, tiling.columns)
+    grouped_rows[(programs,)](
+        x, w, out, offsets, x_tiles, w_tiles, x_scale, w_scale,
+        experts, columns, depth, x.stride(0), w.stride(0), w_n, w_k, out.stride(0),
+        *(x_scale.stride() if fp8 else (0, 0)), *(w_scale.stride() if fp8 else (0, 0, 0)),
+        BLOCK_E=triton.next_power_of_2(experts + 1), BLOCK_M=tiling.rows, BLOCK_N=tiling.columns, BLOCK_K=tiling.depth,
+        GROUP_M=tiling.band, FP8=fp8, TMA=tma, TRANSPOSED=transposed, PRECISION=_precision(x),
+        num_warps=tiling.warps, num_stages=tiling.stages,
+    )  # fmt: skip
+    return out
+
+
+def grouped_rows_few(x, w, offsets, order, top_k, swiglu, out, x_scale=None, w_scale=None, tiling=None):
+    """The few-rows form: optional gather of the tokens by ``order``, optional SwiGLU; writes and returns ``out``."""
+    pairs, columns = out.shape
+    experts, fp8 = w.shape[0], x_scale is not None
+    if tiling is None:
+        tiling = FEW_SWIGLU if swiglu else FEW
+    programs = _row_tiles(pairs, experts, tiling.rows) * triton.cdiv(columns, tiling.columns)
+    grouped_few[(programs,)](
+        x, w, out, offsets, order, x_scale, w_scale,
+        experts, columns, x.shape[1], top_k, x.stride(0), w.stride(0), w.stride(1), out.stride(0),
+        x_scale.stride(0) if fp8 else 0, *(w_scale.stride()[:2] if fp8 else (0, 0)),
+        BLOCK_E=triton.next_power_of_2(experts + 1), BLOCK_M=tiling.rows, BLOCK_N=tiling.columns, BLOCK_K=tiling.depth,
+        GATHER=order is not None, SWIGLU=swiglu, FP8=fp8, PRECISION=_precision(x),
+        num_warps=tiling.warps, num_stages=tiling.stages,
+    )  # fmt: skip
+    return out
+
+
+def grouped_wgrad(dy, x, offsets, dtype, tiling=None):
+    """See ``deepseek_v3.kernels.grouped_wgrad``; last dimensions are dense."""
+    experts, columns, depth = offsets.numel() - 1, dy.shape[1], x.shape[1]
+    out = torch.empty(experts, columns, depth, dtype=dtype, device=x.device)
+    if not out.numel():
+        return out
+    if tiling is None:
+        tiling = PLAIN if _small(x) else COLUMNS
+    tma = not _small(x) and tma_ready(x) and tma_ready(dy)
+    if tma and x.is_cuda:
+        triton.set_allocator(scratch)
+    tiles = triton.cdiv(columns, tiling.depth) * triton.cdiv(depth, tiling.columns)
+    grouped_columns[(tiles, experts)](
+        dy, x, out, offsets, columns, depth, dy.stride(0), x.stride(0),
+        BLOCK_M=tiling.rows, BLOCK_N=tiling.depth, BLOCK_K=tiling.columns, TMA=tma, PRECISION=_precision(x),
+        num_warps=tiling.warps, num_stages=tiling.stages,
+    )  # fmt: skip
+    return out

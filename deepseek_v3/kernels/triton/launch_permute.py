@@ -1,0 +1,63 @@
+"""Launchers of the permutation and of the router."""
+
+import torch
+import triton
+
+from .permute import choose_experts, combine_pairs, count_pairs, place_pairs
+
+# Up to so many pairs one program sorts them alone, in one launch.
+ALONE = 256
+BLOCK = 128
+
+
+def sort_pairs(index, experts):
+    """See ``deepseek_v3.kernels.sort_pairs``."""
+    flat = index.reshape(-1)
+    pairs, device = flat.numel(), flat.device
+    order, inverse = (torch.empty(pairs, dtype=torch.int32, device=device) for _ in range(2))
+    offsets = torch.empty(experts + 1, dtype=torch.int32, device=device)
+    if pairs == 0:
+        return order, inverse, offsets.zero_()
+    bins = triton.next_power_of_2(experts + 1)
+    alone = pairs <= ALONE
+    block = max(16, triton.next_power_of_2(pairs)) if alone else BLOCK
+    blocks = triton.cdiv(pairs, block)
+    ends = None
+    if not alone:
+        counts = torch.empty((experts + 1) * blocks, dtype=torch.int32, device=device)
+        count_pairs[(blocks,)](flat, counts, pairs, experts, blocks, BLOCK=block, BINS=bins, num_warps=4)
+        ends = counts.cumsum(0)
+    place_pairs[(blocks,)](
+        flat, ends, order, inverse, offsets, pairs, experts, blocks, BLOCK=block, BINS=bins, ALONE=alone,
+        num_warps=8 if alone else 4,
+    )  # fmt: skip
+    return order, inverse, offsets
+
+
+def combine(y, inverse, offsets, weights, tokens):
+    """See ``deepseek_v3.kernels.reference.experts.combine``."""
+    width = y.shape[1]
+    out = torch.empty(tokens, width, dtype=y.dtype, device=y.device)
+    if out.numel():
+        block = min(1024, triton.next_power_of_2(width))
+        combine_pairs[(tokens, triton.cdiv(width, block))](
+            y, inverse, offsets, weights, out, offsets.numel() - 1, width, y.stride(0),
+            weights.stride(0) if weights is not None else 0,
+            K=inverse.numel() // tokens, BLOCK=block, WEIGHTED=weights is not None, num_warps=4,
+        )  # fmt: skip
+    return out
+
+
+def route(logits, bias, groups, kept_groups, top_k, normalise, scaling):
+    """See ``deepseek_v3.kernels.route``."""
+    tokens, experts = logits.shape
+    index = torch.empty(tokens, top_k, dtype=torch.int64, device=logits.device)
+    weights = torch.empty(tokens, top_k, dtype=torch.float32, device=logits.device)
+    if tokens:
+        choose_experts[(tokens,)](
+            logits, bias, index, weights, experts, logits.stride(0), scaling,
+            GROUPS=groups, KEPT=kept_groups, K=top_k, BLOCK_G=triton.next_power_of_2(groups),
+            BLOCK_S=triton.next_power_of_2(experts // groups), BLOCK_K=triton.next_power_of_2(top_k),
+            BIASED=bias is not None, NORMALISE=normalise, num_warps=1,
+        )  # fmt: skip
+    return index, weights
