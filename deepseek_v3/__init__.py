@@ -1,0 +1,33 @@
+"""DeepSeek-V3 for Hugging Face: latent attention, DeepSeekMoE and Multi-Token Prediction behind the usual calls.
+
+`import deepseek_v3` registers the classes with transformers' Auto classes for `model_type` "deepseek_v3" (in place of
+transformers' own) and "kimi_k2"; `deepseek_v3.unregister()` gives the former back.
+"""
+
+from .configuration.configuration_deepseek_v3 import DeepseekV3Config, KimiK2Config
+from .modeling_deepseek_v3 import (
+    DeepseekV3ForCausalLM,
+    DeepseekV3ForSequenceClassification,
+    DeepseekV3ForTokenClassification,
+    DeepseekV3Model,
+    DeepseekV3PreTrainedModel,
+    LatentCache,
+)
+from .registration import register, unregister
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DeepseekV3Config",
+    "DeepseekV3ForCausalLM",
+    "DeepseekV3ForSequenceClassification",
+    "DeepseekV3ForTokenClassification",
+    "DeepseekV3Model",
+    "DeepseekV3PreTrainedModel",
+    "KimiK2Config",
+    "LatentCache",
+    "register",
+    "unregister",
+]
+
+register()

@@ -1,0 +1,213 @@
+"""Multi-head Latent Attention in its two forms, over one cache of latents.
+
+Expanded: latents become per-head keys and values through `kv_b_proj`, then any attention back end of transformers.
+Absorbed: `kv_b_proj` is applied to the query and to the output instead, and attention runs on the latents as they
+lie in the cache. Both give the same result (DeepSeek-V3 report, section 2.1.1); which is cheaper depends on how many
+query tokens share one expansion.
+
+Letters: B batch, T query tokens, S cached tokens, H heads, D hidden, C kv_lora_rank, R qk_rope_head_dim,
+N qk_nope_head_dim, V v_head_dim.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .layers import DeepseekV3RMSNorm
+from .rope import apply_rope, softmax_scale
+
+
+def choose_form(config: Any, queries: int, keys: int, cached: bool) -> str:
+    """ "absorbed" where it costs fewer FLOPs than expanding `keys` latents for `queries` tokens, else "expanded".
+
+    Absorbing applies `kv_b_proj` to T tokens instead of S, and pays for it with wider products: it wins while
+    T * S < break_even * (S - T). `config.mla_form` forces one of the two.
+    """
+    if config.mla_form != "auto":
+        return config.mla_form
+    if cached and queries * keys < config.absorbed_break_even * (keys - queries):
+        return "absorbed"
+    return "expanded"
+
+
+def effective_weight(linear: nn.Module, like: torch.Tensor) -> torch.Tensor:
+    """The matrix [out, in] that `linear` applies now, whatever wraps it.
+
+    A plain linear lends its own weight, so an update is seen at once. Anything else (adapters, quantised weights,
+    offload hooks) is asked for its products with the unit vectors, which no wrapper can make stale.
+    """
+    plain = type(linear) is nn.Linear or hasattr(linear, "parametrizations")
+    if plain and not hasattr(linear, "_hf_hook") and linear.weight.device.type != "meta":
+        return linear.weight  # type: ignore[return-value]
+    unit = torch.eye(linear.in_features, dtype=like.dtype, device=like.device)  # type: ignore[call-overload]
+    return linear(unit).transpose(0, 1)
+
+
+def eager_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Plain attention, softmax in float32: query and key [B, H, ., N + R], value [B, H, S, V] to [B, T, H, V]."""
+    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+    probabilities = _softmax(scores, attention_mask, query.dtype)
+    probabilities = nn.functional.dropout(probabilities, p=dropout, training=module.training)
+    return torch.matmul(probabilities, value).transpose(1, 2).contiguous(), probabilities
+
+
+def absorbed_attention(
+    query: tuple[torch.Tensor, torch.Tensor],
+    latents: tuple[torch.Tensor, torch.Tensor],
+    weight: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of all heads over the shared latents, without expanding them.
+
+    Args:
+        query: [B, H, T, N] and the rotated [B, H, T, R].
+        latents: [B, 1, S, C] and [B, 1, S, R], as any cache holds them.
+        weight: [H * (N + V), C], the effective `kv_b_proj`.
+        attention_mask: [B, 1, T, S], bool (True is seen) or additive, or None (causal, the queries being the last).
+        scaling: factor on the logits.
+        dropout: probability of dropping an attention weight.
+
+    Returns:
+        [B, T, H, V] and the attention weights [B, H, T, S].
+    """
+    (q_nope, q_rope), (latent, rope) = query, (latents[0][:, 0], latents[1][:, 0])
+    batch, heads, length, nope = q_nope.shape
+    keys = latent.shape[1]
+    weight = weight.view(heads, -1, latent.shape[-1])  # [H, N + V, C]
+    q_latent = _per_head(q_nope, weight[:, :nope])  # [B, H, T, C]
+    scores = torch.bmm(q_rope.reshape(batch, heads * length, -1), rope.transpose(1, 2))
+    scores = torch.baddbmm(
+        scores, q_latent.reshape(batch, heads * length, -1), latent.transpose(1, 2), beta=scaling, alpha=scaling
+    )
+    if attention_mask is None and length > 1:
+        attention_mask = _causal(length, keys, scores.device)
+    probabilities = _softmax(scores.view(batch, heads, length, keys), attention_mask, q_nope.dtype)
+    probabilities = nn.functional.dropout(probabilities, p=dropout, training=dropout > 0)
+    mixed = torch.bmm(probabilities.reshape(batch, heads * length, keys), latent)
+    mixed = mixed.view(batch, heads, length, -1)  # [B, H, T, C]
+    output = _per_head(mixed, weight[:, nope:].transpose(1, 2))  # [B, H, T, V]
+    return output.transpose(1, 2), probabilities
+
+
+def _per_head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x [B, H, T, i] times each head's weight [H, i, o], one product a head for the whole batch: [B, H, T, o]."""
+    batch, heads, length, width = x.shape
+    rows = x.transpose(0, 1).reshape(heads, batch * length, width)
+    return torch.bmm(rows, weight).view(heads, batch, length, -1).transpose(0, 1)
+
+
+def _causal(queries: int, keys: int, device: torch.device) -> torch.Tensor:
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+
+
+def _softmax(scores: torch.Tensor, mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    if mask is not None:
+        if mask.dtype == torch.bool:
+            # The lowest number instead of -inf: a row of padding that sees nothing stays finite.
+            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        else:
+            scores = scores + mask
+    return nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(dtype)
+
+
+class DeepseekV3Attention(nn.Module):
+    """MLA with a low-rank query (or a plain one where `q_lora_rank` is None)."""
+
+    def __init__(self, config: Any, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.attention_dropout = config.attention_dropout
+        self.num_heads = config.num_attention_heads
+        self.num_key_value_groups = 1
+        self.is_causal = True
+        self.scaling = softmax_scale(config)
+        self._split = (config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim)
+        hidden, heads, bias = config.hidden_size, self.num_heads, config.attention_bias
+        nope, rope, value = self._split
+        if config.q_lora_rank is None:
+            self.q_proj = nn.Linear(hidden, heads * (nope + rope), bias=False)
+        else:
+            self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=bias)
+            self.q_a_layernorm = DeepseekV3RMSNorm(config.q_lora_rank)
+            self.q_b_proj = nn.Linear(config.q_lora_rank, heads * (nope + rope), bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(hidden, config.kv_lora_rank + rope, bias=bias)
+        self.kv_a_layernorm = DeepseekV3RMSNorm(config.kv_lora_rank)
+        self.kv_b_proj = nn.Linear(config.kv_lora_rank, heads * (nope + value), bias=False)
+        self.o_proj = nn.Linear(heads * value, hidden, bias=bias)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: Any = None,
+        past_key_values: Cache | None = None,
+        mla_form: str = "expanded",
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attend, writing the new latents to the cache.
+
+        Args:
+            hidden_states: [B, T, D].
+            position_embeddings: cos and sin, [B, T, R].
+            attention_mask: for "expanded" what the attention back end takes, for "absorbed" a [B, 1, T, S] mask.
+            past_key_values: any transformers cache.
+            mla_form: "expanded" or "absorbed".
+
+        Returns:
+            [B, T, D], and the attention weights [B, H, T, S] where the back end gives them.
+        """
+        query = self._query(hidden_states, position_embeddings)
+        latents = self._latents(hidden_states, position_embeddings)
+        if past_key_values is not None:
+            latents = past_key_values.update(*latents, self.layer_idx)
+        if mla_form == "absorbed":
+            weight = effective_weight(self.kv_b_proj, latents[0])
+            dropout = self.attention_dropout if self.training else 0.0
+            output, weights = absorbed_attention(query, latents, weight, attention_mask, self.scaling, dropout)
+            shown = weights if self.config._attn_implementation == "eager" else None
+        else:
+            output, shown = self._expanded(query, latents, attention_mask, **kwargs)
+        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), shown
+
+    def _query(self, hidden_states: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> tuple[Any, Any]:
+        nope, rope, _ = self._split
+        if self.config.q_lora_rank is None:
+            query = self.q_proj(hidden_states)
+        else:
+            query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
+        query = query.view(*hidden_states.shape[:-1], -1, nope + rope).transpose(1, 2)  # [B, H, T, N + R]
+        q_nope, q_rope = query.split((nope, rope), dim=-1)
+        return q_nope, apply_rope(q_rope, *angles, self.config.rope_interleave)
+
+    def _latents(self, hidden_states: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> tuple[Any, Any]:
+        compressed = self.kv_a_proj_with_mqa(hidden_states)
+        latent, rope = compressed.split((self.config.kv_lora_rank, self._split[1]), dim=-1)
+        latent = self.kv_a_layernorm(latent)[:, None]  # [B, 1, T, C]
+        return latent, apply_rope(rope[:, None], *angles, self.config.rope_interleave)  # [B, 1, T, R]
+
+    def _expanded(self, query: Any, latents: Any, attention_mask: Any, **kwargs: Any) -> tuple[Any, Any]:
+        nope, rope, value = self._split
+        latent, k_rope = latents
+        batch, _, keys, _ = latent.shape
+        expanded = self.kv_b_proj(latent[:, 0]).view(batch, keys, -1, nope + value).transpose(1, 2)
+        k_nope, v = expanded.split((nope, value), dim=-1)  # [B, H, S, N], [B, H, S, V]
+        k = torch.cat((k_nope, k_rope.expand(-1, k_nope.shape[1], -1, -1)), dim=-1)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        dropout = self.attention_dropout if self.training else 0.0
+        q = torch.cat(query, dim=-1)
+        return attend(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)

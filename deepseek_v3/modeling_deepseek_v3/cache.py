@@ -1,0 +1,191 @@
+"""`LatentCache`: the normalised latent and the rotated shared key, and nothing else, a token and a layer.
+
+Special about it: storage grows by half of itself when it is full, so that a decode step writes its own token and
+copies no history; `keys` and `values`, the names that every transformers cache has, are views of what is valid.
+MTP modules have their layers after the main model's, made when they are first written to.
+
+Letters: B batch, T new tokens, S cached tokens, C kv_lora_rank, R qk_rope_head_dim.
+"""
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin, StaticLayer
+
+_ROOM = 64  # tokens: the least that storage grows by
+
+
+class LatentLayer(CacheLayerMixin):
+    """One layer's latents: `keys` [B, 1, S, C] and `values` [B, 1, S, R], views into storage with room to grow."""
+
+    is_compileable = False
+    is_croppable = True
+    is_sliding = False
+
+    def __init__(self, **kwargs: Any) -> None:
+        self._storage: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._length = 0
+        self.is_initialized = False
+
+    @property
+    def keys(self) -> torch.Tensor | None:  # type: ignore[override]
+        return None if self._storage is None else self._storage[0][:, :, : self._length]
+
+    @property
+    def values(self) -> torch.Tensor | None:  # type: ignore[override]
+        return None if self._storage is None else self._storage[1][:, :, : self._length]
+
+    @property
+    def batch_size(self) -> int:
+        return -1 if self._storage is None else self._storage[0].shape[0]
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self._storage = (key_states[:, :, :0], value_states[:, :, :0])
+        self._length = 0
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append T tokens; return the views [B, 1, S + T, C] and [B, 1, S + T, R].
+
+        Where a gradient is asked for, the result is a concatenation: writing in place would invalidate what an
+        earlier forward saved for its backward.
+        """
+        if self._storage is None:
+            self.lazy_initialization(key_states, value_states)
+        assert self._storage is not None
+        if torch.is_grad_enabled() and (key_states.requires_grad or self._storage[0].requires_grad):
+            old = (self.keys, self.values)
+            self._storage = tuple(torch.cat(pair, dim=2) for pair in zip(old, (key_states, value_states), strict=True))  # type: ignore[assignment,arg-type]
+            self._length += key_states.shape[2]
+        else:
+            self._append(key_states, value_states)
+        return self.keys, self.values  # type: ignore[return-value]
+
+    def _append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        start, end = self._length, self._length + key_states.shape[2]
+        assert self._storage is not None
+        if end > self._storage[0].shape[2]:
+            self._grow(max(end + _ROOM, end + end // 2))
+        for storage, new in zip(self._storage, (key_states, value_states), strict=True):
+            storage[:, :, start:end] = new
+        self._length = end
+
+    def _grow(self, capacity: int) -> None:
+        assert self._storage is not None
+        grown = []
+        for old in self._storage:
+            new = old.new_empty((old.shape[0], old.shape[1], capacity, old.shape[3]))
+            new[:, :, : self._length] = old[:, :, : self._length].detach()
+            grown.append(new)
+        self._storage = (grown[0], grown[1])
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self._length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self._length
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` tokens; storage stays, nothing is copied.
+
+        Raises:
+            ValueError: a positive number, which once meant a final length.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop({tokens_to_remove}): pass a negative number, the tokens to remove from the end")
+        self._length = max(0, self._length + tokens_to_remove)
+
+    def reset(self) -> None:
+        """Forget every token, and the storage with them: the next sequence may have another batch size."""
+        self._storage, self._length, self.is_initialized = None, 0, False
+
+    def offload(self) -> None:
+        self._move(torch.device("cpu"))
+
+    def prefetch(self) -> None:
+        if self.is_initialized:
+            self._move(self.device)
+
+    def _move(self, device: torch.device) -> None:
+        if self._storage is not None and self._storage[0].device != device:
+            latent, rope = self._storage
+            self._storage = (latent.to(device, non_blocking=True), rope.to(device, non_blocking=True))
+
+    def _gather(self, indices: torch.Tensor) -> None:
+        if self._storage is not None:
+            latent, rope = self._storage
+            indices = indices.to(latent.device)
+            self._storage = (latent.index_select(0, indices), rope.index_select(0, indices))
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self._gather(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows `indices`: positions, or a boolean mask over the batch."""
+        self._gather(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self._storage is not None:
+            rows = torch.arange(self.batch_size, device=self._storage[0].device)
+            self._gather(rows.repeat_interleave(repeats))
+
+
+class LatentCache(Cache):
+    """Cache of latents for `generate` and `forward`; what `generate` makes when no cache is given.
+
+    Args:
+        config: the model's configuration, which tells `bytes_per_token`.
+        max_cache_len: fixed length in tokens, allocated once and written in place (for `torch.compile` and graphs);
+            None for storage that grows.
+        offloading: keep each layer on the CPU between its uses (CUDA only).
+    """
+
+    def __init__(self, config: Any, max_cache_len: int | None = None, offloading: bool = False) -> None:
+        self.config = config
+        if max_cache_len is None:
+            super().__init__(layer_class_to_replicate=LatentLayer, offloading=offloading)
+            return
+        if max_cache_len < 1:
+            raise ValueError(f"max_cache_len = {max_cache_len}: a fixed cache holds at least 1 token")
+        layers: list[Any] = [StaticLayer(max_cache_len=max_cache_len) for _ in range(config.num_hidden_layers)]
+        super().__init__(layers=layers, offloading=offloading)
+
+    def _tensors(self) -> list[torch.Tensor]:
+        layers = [layer for layer in self.layers if layer.is_initialized]
+        return [tensor for layer in layers for tensor in (layer.keys, layer.values) if tensor is not None]
+
+    def nbytes(self) -> int:
+        """Bytes of the cached tokens over all layers (a fixed cache: of its whole length)."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self._tensors())
+
+    def bytes_per_token(self) -> int:
+        """Bytes one token of one sequence takes over the layers that hold any; 0 while the cache is empty."""
+        return sum(tensor.shape[-1] * tensor.element_size() for tensor in self._tensors())
+
+
+def check_cache(cache: Cache, config: Any, batch_size: int) -> None:
+    """Refuse a cache that another model or another batch has filled.
+
+    Raises:
+        ValueError: latent width or batch size differ from the model's and the input's.
+    """
+    layer = next((layer for layer in cache.layers if getattr(layer, "is_initialized", False)), None)
+    keys = getattr(layer, "keys", None)
+    if keys is None or keys.dim() != 4 or layer.get_seq_length() == 0:  # type: ignore[union-attr]
+        return
+    if keys.shape[1] != 1 or keys.shape[-1] != config.kv_lora_rank:
+        raise ValueError(
+            f"past_key_values holds tensors of shape {tuple(keys.shape)}; this model caches latents of shape "
+            f"[batch, 1, tokens, {config.kv_lora_rank}]. Pass a cache that this model filled, or none"
+        )
+    if keys.shape[0] != batch_size:
+        raise ValueError(
+            f"past_key_values holds {keys.shape[0]} sequences and the input has {batch_size}. Use "
+            "batch_repeat_interleave or batch_select_indices on the cache, or reset() it"
+        )

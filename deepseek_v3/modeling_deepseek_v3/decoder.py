@@ -1,0 +1,108 @@
+"""The decoder layer, and the MTP module that is one with a different entrance.
+
+Letters: B batch, T tokens, D hidden.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from ..configuration.layout import is_moe_layer
+from .attention import DeepseekV3Attention
+from .layers import DeepseekV3MLP, DeepseekV3RMSNorm
+from .moe import DeepseekV3MoE, RouterStatistics
+
+
+class DeepseekV3DecoderLayer(GradientCheckpointingLayer):
+    """Latent attention and a dense or expert MLP, each behind its norm and a residual."""
+
+    def __init__(self, config: Any, layer_idx: int) -> None:
+        super().__init__()
+        self.self_attn = DeepseekV3Attention(config, layer_idx)
+        self.mlp = DeepseekV3MoE(config) if is_moe_layer(config, layer_idx) else DeepseekV3MLP(config)
+        self.input_layernorm = DeepseekV3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = DeepseekV3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: Any = None,
+        past_key_values: Cache | None = None,
+        router_statistics: bool = False,
+        token_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor | tuple[torch.Tensor, RouterStatistics | None]:
+        """[B, T, D] to [B, T, D].
+
+        Args:
+            hidden_states: [B, T, D].
+            position_embeddings: cos and sin, [B, T, R].
+            attention_mask: see `DeepseekV3Attention.forward`.
+            past_key_values: any transformers cache.
+            router_statistics: also return what the router saw (None from a dense layer). They leave the layer as
+                outputs so that they are computed, and counted, once under activation checkpointing.
+            token_mask: [B, T], True for the tokens that the statistics count.
+        """
+        attended, _ = self.self_attn(
+            self.input_layernorm(hidden_states),
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        hidden_states = hidden_states + attended
+        normed = self.post_attention_layernorm(hidden_states)
+        if router_statistics and isinstance(self.mlp, DeepseekV3MoE):
+            output, statistics = self.mlp.forward_with_statistics(normed, token_mask)
+            return hidden_states + output, statistics
+        hidden_states = hidden_states + self.mlp(normed)
+        return (hidden_states, None) if router_statistics else hidden_states
+
+
+class DeepseekV3SharedHead(nn.Module):
+    """The norm before an MTP module's logits; the head itself is the main model's."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.norm = DeepseekV3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+
+class DeepseekV3MTPLayer(DeepseekV3DecoderLayer):
+    """One Multi-Token Prediction module (report, section 2.2): it joins the previous depth's state at a token with
+    the embedding of a later token, and runs a decoder layer over the result.
+
+    `eh_proj` has the embedding's half first, as the released weights do.
+    """
+
+    def __init__(self, config: Any, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        hidden, eps = config.hidden_size, config.rms_norm_eps
+        self.hidden_states_first = config.mtp_hidden_states_first
+        self.enorm = DeepseekV3RMSNorm(hidden, eps=eps)
+        self.hnorm = DeepseekV3RMSNorm(hidden, eps=eps)
+        self.eh_proj = nn.Linear(2 * hidden, hidden, bias=False)
+        self.shared_head = DeepseekV3SharedHead(config)
+
+    def forward(  # type: ignore[override]
+        self, previous: torch.Tensor, inputs_embeds: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> torch.Tensor | tuple[torch.Tensor, RouterStatistics | None]:
+        """Run the module; the result is the residual stream before `shared_head.norm`.
+
+        Args:
+            previous: [B, T, D], the previous depth's states; row i stands for token i.
+            inputs_embeds: [B, T, D], row i the embedding of the token that this depth looks at from there.
+            args, kwargs: as of `DeepseekV3DecoderLayer.forward`.
+        """
+        halves = (self.enorm(inputs_embeds), self.hnorm(previous))
+        joined = torch.cat(halves[::-1] if self.hidden_states_first else halves, dim=-1)
+        return super().forward(self.eh_proj(joined), *args, **kwargs)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest: Any) -> None:
+        # The official files store the embedding and the head again here; by definition they are the main model's.
+        for copy in ("embed_tokens.weight", "shared_head.head.weight"):
+            state_dict.pop(prefix + copy, None)
+        super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[call-arg]

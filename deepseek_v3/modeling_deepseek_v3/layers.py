@@ -1,0 +1,42 @@
+"""RMSNorm and the SwiGLU MLP, with the checkpoint's parameter names.
+
+Letters: D hidden, F inner width.
+"""
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+
+
+class DeepseekV3RMSNorm(nn.Module):
+    """Root-mean-square norm over the last dimension, computed in float32, weight only."""
+
+    def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        input_dtype = hidden_states.dtype
+        hidden_states = hidden_states.to(torch.float32)
+        variance = hidden_states.pow(2).mean(-1, keepdim=True)
+        hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
+        return self.weight * hidden_states.to(input_dtype)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
+
+
+class DeepseekV3MLP(nn.Module):
+    """`down_proj(silu(gate_proj(x)) * up_proj(x))`: the dense MLP, and the shared experts as one wider MLP."""
+
+    def __init__(self, config, intermediate_size: int | None = None) -> None:
+        super().__init__()
+        width = config.intermediate_size if intermediate_size is None else intermediate_size
+        self.gate_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))

@@ -1,0 +1,235 @@
+"""DeepSeekMoE: sigmoid router with node-limited groups and a selection bias, fused routed experts, shared experts.
+
+Special about it: the bias chooses experts and never weighs them; unchosen groups are masked with -inf; the experts
+are two 3-D parameters (`gate_up_proj`, `down_proj`) that also accept the official per-expert names on loading.
+
+Letters: B batch, T tokens, D hidden, E routed experts, K experts a token, G groups, F expert width.
+"""
+
+import re
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.integrations import use_experts_implementation
+
+from .layers import DeepseekV3MLP
+
+
+class RouterStatistics(NamedTuple):
+    """What one layer's router saw in one forward: its balance loss (0-d) and tokens per expert [E], float32."""
+
+    balance_loss: torch.Tensor
+    load: torch.Tensor
+
+
+class DeepseekV3TopkRouter(nn.Module):
+    """Top-K of E experts for each token, within the best `topk_group` of G groups (report, equations 12 to 16)."""
+
+    e_score_correction_bias: torch.Tensor
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.top_k = config.num_experts_per_tok
+        self.num_experts = config.n_routed_experts
+        self.hidden_dim = config.hidden_size
+        self.num_group, self.topk_group = config.n_group, config.topk_group
+        self.norm_topk_prob = config.norm_topk_prob
+        self.routed_scaling_factor = config.routed_scaling_factor
+        self.weight = nn.Parameter(torch.zeros(self.num_experts, self.hidden_dim))
+        self.register_buffer("e_score_correction_bias", torch.zeros(self.num_experts, dtype=torch.float32))
+        # Tokens per expert since the last bias update. Not a buffer: DistributedDataParallel would overwrite every
+        # rank's count with rank 0's at each forward.
+        self.expert_load: torch.Tensor | None = None
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Route [.., D] tokens: raw logits [n, E], weights [n, K] (both float32) and expert indices [n, K]."""
+        hidden_states = hidden_states.reshape(-1, self.hidden_dim)
+        # Under autocast a linear would run in the low dtype whatever its inputs are.
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            logits = nn.functional.linear(hidden_states.float(), self.weight.float())
+        scores = logits.sigmoid()
+        indices = self._choose(scores + self.e_score_correction_bias)
+        weights = scores.gather(1, indices)
+        if self.norm_topk_prob:
+            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+        return logits, weights * self.routed_scaling_factor, indices
+
+    def _choose(self, biased: torch.Tensor) -> torch.Tensor:
+        if self.num_group > self.topk_group:
+            grouped = biased.view(-1, self.num_group, self.num_experts // self.num_group)
+            group_scores = grouped.topk(2, dim=-1)[0].sum(dim=-1)  # [n, G]
+            chosen = group_scores.topk(self.topk_group, dim=-1, sorted=False)[1]
+            closed = torch.ones_like(group_scores, dtype=torch.bool).scatter_(1, chosen, False)
+            biased = grouped.masked_fill(closed[..., None], float("-inf")).view_as(biased)
+        return biased.topk(self.top_k, dim=-1, sorted=False)[1]
+
+    def count(self, load: torch.Tensor) -> None:
+        """Add tokens per expert [E] to what the next bias update will see."""
+        load = load.detach()
+        self.expert_load = load.clone() if self.expert_load is None else self.expert_load.to(load.device).add_(load)
+
+
+def sequence_balance_loss(
+    logits: torch.Tensor, top_k: int, token_mask: torch.Tensor | None, shape: tuple[int, int]
+) -> torch.Tensor:
+    """The sequence-wise balance loss before its factor alpha, averaged over sequences (report, equations 17 to 20).
+
+    f_i counts how often expert i is among the raw top-K scores (no bias, no groups; no gradient), P_i is its mean
+    share of the scores; perfect balance gives 1.
+
+    Args:
+        logits: [B * T, E] router logits, float32.
+        top_k: K.
+        token_mask: [B, T], True for real tokens, or None where all are.
+        shape: (B, T).
+    """
+    batch, length = shape
+    experts = logits.shape[-1]
+    scores = logits.sigmoid().view(batch, length, experts)
+    hits = torch.zeros_like(scores).scatter_(2, scores.detach().topk(top_k, dim=-1)[1], 1.0)
+    shares = scores / (scores.sum(dim=-1, keepdim=True) + 1e-20)
+    if token_mask is None:
+        return (hits.mean(dim=1) * shares.mean(dim=1)).sum(dim=-1).mean() * (experts / top_k)
+    real = token_mask[..., None].to(scores.dtype)
+    tokens = real.sum(dim=1)  # [B, 1]
+    frequency = (hits * real).sum(dim=1) / tokens.clamp(min=1) * (experts / top_k)
+    share = (shares * real).sum(dim=1) / tokens.clamp(min=1)
+    sequences = (tokens > 0).sum().clamp(min=1)
+    return (frequency * share).sum() / sequences
+
+
+@use_experts_implementation
+class DeepseekV3Experts(nn.Module):
+    """E SwiGLU experts as `gate_up_proj` [E, 2F, D] (gate rows first) and `down_proj` [E, D, F]."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.num_experts = config.n_routed_experts
+        self.hidden_dim = config.hidden_size
+        self.intermediate_dim = config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * self.intermediate_dim, self.hidden_dim))
+        self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """The "eager" implementation, one expert after another.
+
+        Args:
+            hidden_states: [n, D].
+            top_k_index: [n, K] experts of each token.
+            top_k_weights: [n, K] their weights.
+
+        Returns:
+            [n, D], weighted and summed over the K experts. No token is dropped.
+        """
+        top_k = top_k_index.shape[1]
+        order = top_k_index.reshape(-1).argsort(stable=True)  # token-expert pairs, sorted by expert
+        counts = torch.bincount(top_k_index.reshape(-1), minlength=self.num_experts).tolist()
+        pieces = hidden_states[order // top_k].split(counts)
+        results = [self._expert(expert, rows) for expert, rows in enumerate(pieces) if len(rows)]
+        weighted = torch.cat(results) * top_k_weights.reshape(-1)[order, None]
+        inverse = torch.empty_like(order)
+        inverse[order] = torch.arange(len(order), device=order.device)
+        return weighted[inverse].view(-1, top_k, self.hidden_dim).sum(dim=1).to(hidden_states.dtype)
+
+    def _expert(self, expert: int, rows: torch.Tensor) -> torch.Tensor:
+        gate, up = nn.functional.linear(rows, self.gate_up_proj[expert]).chunk(2, dim=-1)
+        return nn.functional.linear(self.act_fn(gate) * up, self.down_proj[expert])
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest: Any) -> None:
+        fuse_official_names(self, state_dict, prefix, missing=rest[2], errors=rest[4])
+        super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[call-arg]
+
+
+def fuse_official_names(
+    experts: DeepseekV3Experts, state_dict: dict, prefix: str, missing: list[str], errors: list[str]
+) -> None:
+    """Turn `{e}.gate_proj.weight`, `{e}.up_proj.weight`, `{e}.down_proj.weight` below `prefix` into the fused names.
+
+    Without this, `load_state_dict` of a saved folder finds no experts and leaves them as they are. A shard may hold
+    some experts only: these rows are replaced, the others keep their value and are reported in `missing`, so that
+    shards can be loaded one after another.
+    """
+    pattern = re.compile(re.escape(prefix) + r"(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
+    found = {key: match for key in state_dict if (match := pattern.fullmatch(key))}
+    if not found:
+        return
+    width = experts.intermediate_dim
+    rows = {"gate_proj": slice(0, width), "up_proj": slice(width, 2 * width), "down_proj": slice(None)}
+    fused: dict[str, torch.Tensor] = {}
+    for key, match in found.items():
+        expert, name = int(match[1]), match[2]
+        if expert >= experts.num_experts:
+            continue  # left in place: load_state_dict reports it as unexpected
+        target = "down_proj" if name == "down_proj" else "gate_up_proj"
+        parameter, tensor = getattr(experts, target), state_dict.pop(key)
+        if target not in fused:
+            fused[target] = (
+                torch.empty_like(parameter, device="cpu") if parameter.is_meta else parameter.detach().clone()
+            )
+        place = fused[target][expert, rows[name]]
+        if place.shape != tensor.shape:
+            errors.append(
+                f"size mismatch for {key}: {tuple(tensor.shape)} in the file, {tuple(place.shape)} in the model"
+            )
+        else:
+            place.copy_(tensor)
+    names = (f"{prefix}{e}.{name}.weight" for e in range(experts.num_experts) for name in rows)
+    missing.extend(name for name in names if name not in found)
+    for target, value in fused.items():
+        state_dict[prefix + target] = value
+
+
+class DeepseekV3MoE(nn.Module):
+    """Routed experts for the tokens' top-K, plus the shared experts for every token."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+        self.gate = DeepseekV3TopkRouter(config)
+        self.experts = DeepseekV3Experts(config)
+        shared = config.moe_intermediate_size * config.n_shared_experts
+        self.shared_experts = DeepseekV3MLP(config, intermediate_size=shared) if shared else None
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.forward_with_statistics(hidden_states, None, wanted=False)[0]
+
+    def forward_with_statistics(
+        self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None, wanted: bool = True
+    ) -> tuple[torch.Tensor, RouterStatistics | None]:
+        """[B, T, D] to [B, T, D], and what the router saw of the tokens that `token_mask` [B, T] marks."""
+        shape = hidden_states.shape
+        logits, weights, indices = self.gate(hidden_states)
+        output = self._routed(hidden_states.reshape(-1, shape[-1]), indices, weights).view(shape)
+        if self.shared_experts is not None:
+            output = output + self.shared_experts(hidden_states)
+        if not wanted:
+            return output, None
+        return output, self._statistics(logits, indices, token_mask, (shape[0], shape[1]))
+
+    def _routed(self, tokens: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        if not (tokens.requires_grad and tokens.device.type == "cpu"):
+            return self.experts(tokens, indices, weights)
+        # Every implementation gathers a token once for each of its experts; the gather's backward then adds K
+        # gradients to one row in whatever order the threads come. Handing each token-expert pair over as a token of
+        # its own leaves that sum to a reduction of fixed order: CPU runs repeat bit for bit.
+        top_k = indices.shape[1]
+        pairs = tokens[:, None].expand(-1, top_k, -1).reshape(-1, tokens.shape[-1])
+        output = self.experts(pairs, indices.reshape(-1, 1), weights.reshape(-1, 1))
+        return output.view(-1, top_k, tokens.shape[-1]).sum(dim=1)
+
+    def _statistics(
+        self, logits: torch.Tensor, indices: torch.Tensor, token_mask: torch.Tensor | None, shape: tuple[int, int]
+    ) -> RouterStatistics:
+        ones = torch.ones_like(indices, dtype=torch.float32)
+        if token_mask is not None:
+            ones = ones * token_mask.reshape(-1, 1)
+        load = ones.new_zeros(self.gate.num_experts).scatter_add_(0, indices.reshape(-1), ones.reshape(-1))
+        alpha = self.config.seq_balance_loss_alpha
+        if not alpha:
+            return RouterStatistics(logits.new_zeros(()), load)
+        return RouterStatistics(alpha * sequence_balance_loss(logits, self.gate.top_k, token_mask, shape), load)
