@@ -1,0 +1,224 @@
+"""What a checkpoint folder holds, from headers alone: layout, model, parameters, bytes, gaps, and what it needs.
+
+Nothing here loads torch or reads a tensor, so the official 163 files take a fraction of a second.
+"""
+
+from dataclasses import asdict, dataclass, field
+from math import inf, prod
+from pathlib import Path
+from typing import Any
+
+from deepseek_v3.configuration.accounting import BYTES, Account, account
+from deepseek_v3.configuration.layout import official_tensors
+from deepseek_v3.configuration.presets import recognise
+
+from .config_json import block_quantization
+from .errors import CheckpointError
+from .layouts import DTYPES, SCALE_SUFFIX, config_view, mtp_layers, official_views, part_of, stored_dtypes
+from .reader import CONFIG_NAME, Checkpoint, open_checkpoint
+
+_CONTEXT = 4096
+_SHOWN = 20
+
+
+@dataclass
+class Inspection:
+    """What `inspect` found.
+
+    Attributes:
+        folder, layout: where it lies and how it is arranged ("official", "fused", "inference").
+        precision: "fp8" (some weights are), "bf16" (no FP8 weight).
+        scale_fmt: of an FP8 checkpoint's config.json: None (float32 scales) or "ue8m0".
+        preset: name of the published model with these sizes, None if there is none or no config.json.
+        files, tensors, file_bytes: how many, and their sizes in bytes.
+        dtypes: dtype -> {"tensors", "bytes"}.
+        parameters: part -> {"found", "expected"}: numbers stored, without scales; expected by the accounting.
+        mtp_announced, mtp_found: MTP modules that config.json announces (None without one) and that are in the files.
+        missing, unexpected, misshapen: official names; misshapen ones (or of a wrong dtype) with what is wrong.
+        contradiction: what config.json says that the tensors do not, if anything.
+        needs: precision in memory -> bytes: "weights", "host_to_load" (weights and two shards), "cache" (latent
+            cache of 4,096 tokens). Empty without a config.json.
+    """
+
+    folder: str
+    layout: str
+    precision: str
+    scale_fmt: str | None
+    preset: str | None
+    files: int
+    tensors: int
+    file_bytes: int
+    dtypes: dict[str, dict[str, int]]
+    parameters: dict[str, dict[str, int | None]]
+    mtp_announced: int | None
+    mtp_found: int
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    misshapen: dict[str, str] = field(default_factory=dict)
+    contradiction: str | None = None
+    needs: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    @property
+    def sound(self) -> bool:
+        """Whether the files hold exactly what the configuration asks for."""
+        return not (self.missing or self.unexpected or self.misshapen or self.contradiction)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The findings for JSON."""
+        return {"sound": self.sound, **asdict(self)}
+
+    def text(self) -> str:
+        """The findings for people."""
+        scales = f", scales {self.scale_fmt or 'float32'}" if self.precision == "fp8" else ""
+        announced = "" if self.mtp_announced is None else f" of {self.mtp_announced} announced"
+        lines = [
+            f"{self.folder}",
+            f"model        {self.preset or 'of no published size'}",
+            f"layout       {self.layout}, {self.precision}{scales}",
+            f"files        {self.files} with {self.tensors} tensors, {_gb(self.file_bytes)}",
+            f"MTP          {self.mtp_found} modules{announced}",
+            "",
+        ]
+        lines += _aligned(
+            [("dtype", "tensors", "bytes")] + [(k, v["tensors"], v["bytes"]) for k, v in self.dtypes.items()]
+        )
+        parameters = [
+            (part, v["found"], "?" if v["expected"] is None else v["expected"]) for part, v in self.parameters.items()
+        ]
+        lines += ["", *_aligned([("parameters", "found", "expected"), *parameters])]
+        if self.needs:
+            rows = [(k, _gb(v["weights"]), _gb(v["host_to_load"]), _gb(v["cache"])) for k, v in self.needs.items()]
+            title = ("to load as", "weights (RAM or VRAM)", "RAM while loading", f"cache of {_CONTEXT} tokens")
+            lines += ["", *_aligned([title, *rows])]
+        lines += ["", *self._verdict()]
+        return "\n".join(lines)
+
+    def _verdict(self) -> list[str]:
+        if self.sound:
+            return ["sound: every tensor that the configuration asks for is there, and no other"]
+        lines = [f"contradiction: config.json {self.contradiction}"] if self.contradiction else []
+        for what, names in (("missing", self.missing), ("unexpected", self.unexpected)):
+            lines += [f"{what}: {name}" for name in names[:_SHOWN]]
+            lines += [f"... {len(names) - _SHOWN} more {what}"] if len(names) > _SHOWN else []
+        lines += [f"wrong: {name}: {why}" for name, why in list(self.misshapen.items())[:_SHOWN]]
+        return lines + ([f"... {len(self.misshapen) - _SHOWN} more wrong"] if len(self.misshapen) > _SHOWN else [])
+
+
+def _gb(nbytes: int) -> str:
+    return f"{nbytes / 1e9:,.2f} GB"
+
+
+def _aligned(rows: list[tuple[Any, ...]]) -> list[str]:
+    texts = [[f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row] for row in rows]
+    widths = [max(len(row[i]) for row in texts) for i in range(len(texts[0]))]
+    return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in texts]
+
+
+def inspect(folder: str | Path) -> Inspection:
+    """Look at a checkpoint of any layout that `open_checkpoint` reads.
+
+    Raises:
+        CheckpointError: the folder is no sound set of safetensors, or its config.json has no usable sizes.
+    """
+    checkpoint = open_checkpoint(folder)
+    counts = stored_dtypes(checkpoint)
+    result = Inspection(
+        folder=str(folder),
+        layout=checkpoint.layout,
+        precision="fp8" if "F8_E4M3" in counts else "bf16",
+        scale_fmt=None,
+        preset=None,
+        files=len(checkpoint.files),
+        tensors=sum(counts.values()),
+        file_bytes=checkpoint.nbytes,
+        dtypes=_bytes_by_dtype(checkpoint, counts),
+        parameters={},
+        mtp_announced=None,
+        mtp_found=0,
+    )
+    if checkpoint.config:
+        _against_config(result, checkpoint)
+    elif checkpoint.layout == "inference":
+        file = checkpoint.folder / CONFIG_NAME
+        raise CheckpointError("is missing", file=file, remedy="put the model's config.json there")
+    else:
+        stored = {name: (view.dtype, view.shape) for name, view in official_views(checkpoint, None).items()}
+        _count(result, stored, None, None)
+    return result
+
+
+def _bytes_by_dtype(checkpoint: Checkpoint, counts: dict[str, int]) -> dict[str, dict[str, int]]:
+    sizes = dict.fromkeys(counts, 0)
+    for header in checkpoint.files.values():
+        for info in header.tensors.values():
+            sizes[info.dtype] += info.nbytes
+    return {dtype: {"tensors": counts[dtype], "bytes": sizes[dtype]} for dtype in sorted(counts)}
+
+
+def _against_config(result: Inspection, checkpoint: Checkpoint) -> None:
+    file = checkpoint.folder / CONFIG_NAME
+    view = config_view(checkpoint.config, file)
+    result.preset = recognise(view)
+    result.mtp_announced = view.num_nextn_predict_layers
+    quantized = result.precision == "fp8"
+    try:
+        result.scale_fmt = (block_quantization(checkpoint.config, quantized, file) or {}).get("scale_fmt")
+    except CheckpointError as error:
+        result.contradiction = error.problem
+    if checkpoint.layout == "official":
+        # No views: building 92,000 of them would take longer than reading the headers.
+        stored = {name: (info.dtype, info.shape) for name, info in checkpoint.tensors.items()}
+    else:
+        stored = {name: (v.dtype, v.shape) for name, v in official_views(checkpoint, view).items()}
+    wanted, numbers = set(), dict[str, int]()
+    for spec in official_tensors(view, quantized=quantized):
+        wanted.add(spec.name)
+        numbers[spec.kind] = numbers.get(spec.kind, 0) + prod(spec.shape)
+        found = stored.get(spec.name)
+        if found is None:
+            result.missing.append(spec.name)
+        elif tuple(found[1]) != tuple(spec.shape):
+            result.misshapen[spec.name] = f"shape {list(found[1])}, expected {list(spec.shape)}"
+        elif found[0] not in DTYPES[spec.kind]:
+            result.misshapen[spec.name] = f"dtype {found[0]}, expected {DTYPES[spec.kind][0]}"
+    result.unexpected = sorted(stored.keys() - wanted)
+    bill = account(view)
+    _count(result, stored, view, bill)
+    _estimate(result, checkpoint, view, bill, numbers)
+
+
+def _count(
+    result: Inspection, stored: dict[str, tuple[str, tuple[int, ...]]], view: Any, bill: Account | None
+) -> None:
+    layers = mtp_layers(stored)
+    result.mtp_found = len(layers)
+    first = view.num_hidden_layers if view is not None else min(layers, default=inf)
+    found: dict[str, int] = {}
+    for name, (_, shape) in stored.items():
+        if not name.endswith(SCALE_SUFFIX):
+            part = part_of(name, first)
+            found[part] = found.get(part, 0) + prod(shape)
+    expected: dict[str, int] = {}
+    if bill is not None:
+        expected = dict(bill.parts)
+        if view.num_nextn_predict_layers:
+            expected["mtp"] = bill.checkpoint_parameters - bill.main_parameters
+    for part in [*expected, *(part for part in found if part not in expected)]:
+        result.parameters[part] = {"found": found.get(part, 0), "expected": expected.get(part) if expected else None}
+    totals = (sum(found.values()), sum(expected.values()) if expected else None)
+    result.parameters["total"] = {"found": totals[0], "expected": totals[1]}
+
+
+def _estimate(result: Inspection, checkpoint: Checkpoint, view: Any, bill: Account, numbers: dict[str, int]) -> None:
+    """Memory for the model itself; MTP's second copies of embedding and head are shared once loaded."""
+    shard = max(header.file_bytes for header in checkpoint.files.values())
+    copies = 2 * view.num_nextn_predict_layers * view.vocab_size * view.hidden_size
+    parameters = bill.checkpoint_parameters - copies
+    # The router's bias stays float32 whatever the rest is loaded as.
+    weights = {"bf16": 2 * parameters + 2 * numbers.get("f32", 0), "float32": 4 * parameters}
+    if result.precision == "fp8":
+        stored = sum(BYTES[kind] * count for kind, count in numbers.items())
+        weights = {"fp8": stored - 2 * copies, **weights}
+    for label, nbytes in weights.items():
+        cache = _CONTEXT * bill.cache_bytes_per_token("float32" if label == "float32" else "bfloat16")
+        result.needs[label] = {"weights": nbytes, "host_to_load": nbytes + 2 * shard, "cache": cache}
