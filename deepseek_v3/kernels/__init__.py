@@ -5,7 +5,9 @@ Importing this needs torch alone and asks neither the device nor the environment
 
 from .dispatch import BackendRow, BackendTable, backends
 from .experts import experts_forward
+from .fp8 import fp8_gemm
 from .grouped import grouped_gemm, grouped_wgrad
+from .grouped_fp8 import grouped_fp8_gemm, grouped_fp8_wgrad, quantize_grouped_transposed
 from .mla import mla_decode
 from .permute import combine_pairs, gather_pairs, route, sort_pairs
 from .quantize import (
@@ -13,6 +15,7 @@ from .quantize import (
     dequantize_weight,
     quantize_activation,
     quantize_activation_transposed,
+    quantize_swiglu,
     quantize_weight,
 )
 
@@ -24,12 +27,17 @@ __all__ = [
     "dequantize_activation",
     "dequantize_weight",
     "experts_forward",
+    "fp8_gemm",
     "gather_pairs",
+    "grouped_fp8_gemm",
+    "grouped_fp8_wgrad",
     "grouped_gemm",
     "grouped_wgrad",
     "mla_decode",
     "quantize_activation",
     "quantize_activation_transposed",
+    "quantize_grouped_transposed",
+    "quantize_swiglu",
     "quantize_weight",
     "route",
     "sort_pairs",

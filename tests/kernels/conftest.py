@@ -24,6 +24,31 @@ class Target:
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def use_torchs_fp8_casts():
+    """Triton's interpreter loses carries and NaN when it casts to E4M3; torch's cast is the hardware's."""
+    import numpy as np
+    from triton.runtime import interpreter
+
+    original = interpreter._convert_float
+
+    def convert(array, source, target, rounding_mode):
+        if "fp8e4nv" not in (source.name, target.name):
+            return original(array, source, target, rounding_mode)
+        dense = np.ascontiguousarray(array)
+        if target.name == "fp8e4nv":
+            codes = torch.from_numpy(dense).clamp(-448, 448).to(torch.float8_e4m3fn)
+            return codes.view(torch.uint8).numpy().reshape(array.shape)
+        width = {"fp32": torch.float32, "fp16": torch.float16}[target.name]
+        wide = torch.from_numpy(dense.view(np.uint8)).view(torch.float8_e4m3fn).to(width).numpy()
+        return wide.view(f"uint{target.primitive_bitwidth}").reshape(array.shape)
+
+    interpreter._convert_float = convert
+
+
+if INTERPRETING:
+    use_torchs_fp8_casts()
+
+
 def pytest_generate_tests(metafunc):
     if "target" not in metafunc.fixturenames:
         return

@@ -120,7 +120,7 @@ def grouped_columns(
 @triton.jit
 def grouped_few(
     x, w, out, offsets, order, x_scale, w_scale,
-    experts, N, K, top_k, x_m, w_e, w_n, out_m, xs_m, ws_e, ws_n,
+    experts, N, K, top_k, x_m, w_e, w_n, out_m, xs_m, xs_k, ws_e, ws_n,
     BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GATHER: tl.constexpr, SWIGLU: tl.constexpr, FP8: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -155,14 +155,15 @@ def grouped_few(
         b = tl.load(xp + kk[:, None], mask=live[None, :] & (kk < K)[:, None], other=0.0)
         a = tl.load(wp + kk[None, :], mask=mask, other=0.0)
         if FP8:
-            sb = tl.load(x_scale + source.to(tl.int64) * xs_m + k0 // 128, mask=live, other=0.0)
-            first += tl.dot(a, b) * (sb * tl.load(sp + k0 // 128))[None, :]
+            group = tl.cast(k0 // 128, tl.int64)
+            sb = tl.load(x_scale + source.to(tl.int64) * xs_m + group * xs_k, mask=live, other=0.0)
+            first += tl.dot(a, b) * (sb * tl.load(sp + group))[None, :]
         else:
             first = tl.dot(a, b, first, input_precision=PRECISION)
         if SWIGLU:
             c = tl.load(wp + up_rows + kk[None, :], mask=mask, other=0.0)
             if FP8:
-                scale = tl.load(sp + (N // 128).to(tl.int64) * ws_n + k0 // 128)
+                scale = tl.load(sp + tl.cast(N // 128, tl.int64) * ws_n + group)
                 second += tl.dot(c, b) * (sb * scale)[None, :]
             else:
                 second = tl.dot(c, b, second, input_precision=PRECISION)

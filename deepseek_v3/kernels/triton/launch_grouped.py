@@ -95,7 +95,7 @@ def grouped_rows_few(x, w, offsets, order, top_k, swiglu, out, x_scale=None, w_s
     grouped_few[(programs,)](
         x, w, out, offsets, order, x_scale, w_scale,
         experts, columns, x.shape[1], top_k, x.stride(0), w.stride(0), w.stride(1), out.stride(0),
-        x_scale.stride(0) if fp8 else 0, *(w_scale.stride()[:2] if fp8 else (0, 0)),
+        *(x_scale.stride() if fp8 else (0, 0)), *(w_scale.stride()[:2] if fp8 else (0, 0)),
         BLOCK_E=triton.next_power_of_2(experts + 1), BLOCK_M=tiling.rows, BLOCK_N=tiling.columns, BLOCK_K=tiling.depth,
         GATHER=order is not None, SWIGLU=swiglu, FP8=fp8, PRECISION=_precision(x),
         num_warps=tiling.warps, num_stages=tiling.stages,

@@ -1,0 +1,101 @@
+"""Launchers of the FP8 products and of the quantisers."""
+
+import torch
+import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..reference.fp8 import GROUP, padded_groups
+from ..reference.quantize import AMAX_FLOOR
+from .fp8 import fp8_grouped_columns, fp8_matmul
+from .launch_mla import tma_ready
+from .quantize import quantize_blocks, quantize_columns, quantize_rows
+
+ROWS, COLUMNS, BAND = 64, 128, 32
+
+
+def _tiles(left, right, rows, columns):
+    """Descriptors of both operands, or none where the copy engine cannot address one of them."""
+    if not (tma_ready(left) and tma_ready(right)):
+        return None, None
+    return (
+        TensorDescriptor(left, list(left.shape), list(left.stride()), [rows, GROUP]),
+        TensorDescriptor(right, list(right.shape), list(right.stride()), [columns, GROUP]),
+    )
+
+
+def fp8_gemm(a, a_scale, b, b_scale, out, add):
+    """Writes a @ b.T into ``out`` [M, N], or adds it; see ``deepseek_v3.kernels.fp8_gemm``."""
+    (rows, depth), columns = a.shape, b.shape[0]
+    if not out.numel():
+        return out
+    a_tiles, b_tiles = _tiles(a, b, ROWS, COLUMNS)
+    fp8_matmul[(triton.cdiv(rows, ROWS) * triton.cdiv(columns, COLUMNS),)](
+        a, b, out, a_tiles, b_tiles, a_scale, b_scale,
+        rows, columns, depth, a.stride(0), b.stride(0), out.stride(0), *a_scale.stride(), *b_scale.stride(),
+        BLOCK_M=ROWS, BLOCK_N=COLUMNS, BAND=BAND, TMA=a_tiles is not None,
+        BY_ROW=b_scale.shape[0] == columns, ADD=add, num_warps=4, num_stages=3,
+    )  # fmt: skip
+    return out
+
+
+def grouped_fp8_wgrad(dy, dy_scale, x, x_scale, offsets, dtype):
+    """See ``deepseek_v3.kernels.grouped_fp8_wgrad``."""
+    experts, columns, depth = offsets.numel() - 1, dy.shape[0], x.shape[0]
+    out = torch.empty(experts, columns, depth, dtype=dtype, device=x.device)
+    dy_tiles, x_tiles = _tiles(dy, x, ROWS, COLUMNS)
+    grid = (triton.cdiv(columns, ROWS) * triton.cdiv(depth, COLUMNS), experts)
+    fp8_grouped_columns[grid](
+        dy, x, out, dy_tiles, x_tiles, dy_scale, x_scale, offsets,
+        columns, depth, experts, dy.stride(0), x.stride(0), *dy_scale.stride(), *x_scale.stride(),
+        BLOCK_E=triton.next_power_of_2(experts + 1), BLOCK_N=ROWS, BLOCK_K=COLUMNS, TMA=dy_tiles is not None,
+        num_warps=4, num_stages=3,
+    )  # fmt: skip
+    return out
+
+
+def quantize_activation(x, group, scale_fmt, amax_floor, up=None):
+    """1 x group tiles of x [M, D], or of silu(x) * up; the scale is stored by group, as the products read it."""
+    rows, width = x.shape
+    groups = triton.cdiv(width, group)
+    codes = torch.empty(rows, width, dtype=torch.float8_e4m3fn, device=x.device)
+    scale = torch.empty(groups, rows, dtype=torch.float32, device=x.device).t()
+    if codes.numel():
+        block = 16
+        quantize_rows[(triton.cdiv(rows, block), groups)](
+            x, up, codes, scale, rows, width, x.stride(0), codes.stride(0), *scale.stride(),
+            max(amax_floor, AMAX_FLOOR), BLOCK=block, GROUP=group, WIDE=triton.next_power_of_2(group),
+            POWER=scale_fmt is not None, SWIGLU=up is not None, num_warps=4,
+        )  # fmt: skip
+    return codes, scale
+
+
+def quantize_transposed(x, offsets, group, scale_fmt, amax_floor):
+    """group x 1 tiles of x [M, D], transposed; with ``offsets`` each expert's rows start a group of their own."""
+    rows, width = x.shape
+    experts = 0 if offsets is None else offsets.numel() - 1
+    groups = triton.cdiv(rows, group) if offsets is None else padded_groups(rows, experts)
+    padded = rows if offsets is None else groups * group
+    codes = torch.empty(width, padded, dtype=torch.float8_e4m3fn, device=x.device)
+    scale = torch.empty(width, groups, dtype=torch.float32, device=x.device)
+    if codes.numel():
+        quantize_columns[(groups, triton.cdiv(width, 64))](
+            x, codes, scale, offsets, rows, width, experts, x.stride(0), codes.stride(0), scale.stride(0),
+            max(amax_floor, AMAX_FLOOR), BLOCK=64, GROUP=group, WIDE=triton.next_power_of_2(group),
+            BLOCK_E=triton.next_power_of_2(experts + 1), POWER=scale_fmt is not None, GROUPED=offsets is not None,
+            num_warps=4,
+        )  # fmt: skip
+    return codes, scale
+
+
+def quantize_weight(w, block, scale_fmt, amax_floor):
+    """Blocks of a stack w [E, rows, cols]; both sides of a block are powers of two."""
+    experts, rows, cols = w.shape
+    grid = (triton.cdiv(rows, block[0]), triton.cdiv(cols, block[1]), experts)
+    codes = torch.empty(w.shape, dtype=torch.float8_e4m3fn, device=w.device)
+    scale = torch.empty(experts, *grid[:2], dtype=torch.float32, device=w.device)
+    if codes.numel():
+        quantize_blocks[grid](
+            w, codes, scale, rows, cols, *w.stride(), max(amax_floor, AMAX_FLOOR),
+            HEIGHT=block[0], WIDTH=block[1], POWER=scale_fmt is not None, num_warps=8,
+        )  # fmt: skip
+    return codes, scale

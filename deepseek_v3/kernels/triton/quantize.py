@@ -1,0 +1,90 @@
+"""Kernels that quantise to FP8 E4M3, bit for bit as the torch reference does: IEEE division, exact powers of two."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def scale_of(amax, broken, floor, POWER: tl.constexpr):
+    """Scale of blocks with largest magnitudes ``amax``; NaN where the block holds one, as the maximum drops it."""
+    scale = tl.div_rn(tl.maximum(amax, floor), 448.0)
+    if POWER:
+        # One more in the exponent unless the mantissa is zero.
+        bits = (scale.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000
+        scale = bits.to(tl.float32, bitcast=True)
+    return tl.where(broken > 0, float("nan"), scale)
+
+
+@triton.jit
+def quantize_rows(
+    x, up, codes, scale, rows, width, x_m, codes_m, scale_m, scale_g, floor,
+    BLOCK: tl.constexpr, GROUP: tl.constexpr, WIDE: tl.constexpr, POWER: tl.constexpr, SWIGLU: tl.constexpr,
+):  # fmt: skip
+    """1 x GROUP tiles of [rows, width]. SWIGLU: of silu(x) * up, which share strides, rounded to x's dtype first."""
+    m = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    lane = tl.arange(0, WIDE)
+    col = tl.program_id(1) * GROUP + lane
+    mask = (m < rows)[:, None] & ((lane < GROUP) & (col < width))[None, :]
+    place = m.to(tl.int64)[:, None] * x_m + col[None, :]
+    value = tl.load(x + place, mask=mask, other=0.0).to(tl.float32)
+    if SWIGLU:
+        other = tl.load(up + place, mask=mask, other=0.0).to(tl.float32)
+        value = (value * tl.sigmoid(value) * other).to(x.dtype.element_ty).to(tl.float32)
+    s = scale_of(tl.max(tl.abs(value), 1), tl.max((value != value).to(tl.int32), 1), floor, POWER)
+    tl.store(scale + m.to(tl.int64) * scale_m + tl.program_id(1).to(tl.int64) * scale_g, s, mask=m < rows)
+    code = tl.div_rn(value, s[:, None] + tl.zeros_like(value)).to(tl.float8e4nv)
+    tl.store(codes + m.to(tl.int64)[:, None] * codes_m + col[None, :], code, mask=mask)
+
+
+@triton.jit
+def quantize_columns(
+    x, codes, scale, offsets, rows, width, experts, x_m, codes_d, scale_d, floor,
+    BLOCK: tl.constexpr, GROUP: tl.constexpr, WIDE: tl.constexpr, BLOCK_E: tl.constexpr, POWER: tl.constexpr,
+    GROUPED: tl.constexpr,
+):  # fmt: skip
+    """GROUP x 1 tiles of [rows, width], written transposed. GROUPED: each expert's rows start a group of their own."""
+    group = tl.program_id(0)
+    start = group * GROUP
+    stop = tl.minimum(start + GROUP, rows)
+    if GROUPED:
+        i = tl.arange(0, BLOCK_E)
+        low = tl.load(offsets + i, mask=i < experts, other=0)
+        high = tl.load(offsets + i + 1, mask=i < experts, other=0)
+        groups = (high - low + GROUP - 1) // GROUP
+        e = tl.sum((tl.cumsum(groups, 0) <= group).to(tl.int32), 0)
+        inside = group - tl.sum(tl.where(i < e, groups, 0), 0)
+        start = tl.sum(tl.where(i == e, low, 0), 0) + inside * GROUP
+        # Past the last group all is zero: nothing is read and nothing there is ever NaN.
+        stop = tl.where(e < experts, tl.minimum(start + GROUP, tl.sum(tl.where(i == e, high, 0), 0)), start)
+    lane = tl.arange(0, WIDE)
+    m = start + lane
+    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = ((lane < GROUP) & (m < stop))[:, None] & (col < width)[None, :]
+    value = tl.load(x + m.to(tl.int64)[:, None] * x_m + col[None, :], mask=mask, other=0.0).to(tl.float32)
+    s = scale_of(tl.max(tl.abs(value), 0), tl.max((value != value).to(tl.int32), 0), floor, POWER)
+    tl.store(scale + col.to(tl.int64) * scale_d + group, s, mask=col < width)
+    code = tl.div_rn(value, s[None, :] + tl.zeros_like(value)).to(tl.float8e4nv)
+    last = group * GROUP + lane
+    room = (lane < GROUP) & (GROUPED | (last < rows))
+    place = col.to(tl.int64)[None, :] * codes_d + last[:, None]
+    tl.store(codes + place, code, mask=room[:, None] & (col < width)[None, :])
+
+
+@triton.jit
+def quantize_blocks(
+    w, codes, scale, rows, cols, w_e, w_r, w_c, floor,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, POWER: tl.constexpr,
+):  # fmt: skip
+    """One HEIGHT x WIDTH block of matrix program_id(2) of a stack; codes and scale are contiguous."""
+    r = tl.program_id(0) * HEIGHT + tl.arange(0, HEIGHT)
+    c = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    e = tl.program_id(2).to(tl.int64)
+    mask = (r < rows)[:, None] & (c < cols)[None, :]
+    place = e * w_e + r.to(tl.int64)[:, None] * w_r + c.to(tl.int64)[None, :] * w_c
+    value = tl.load(w + place, mask=mask, other=0.0).to(tl.float32)
+    amax = tl.max(tl.max(tl.abs(value), 1), 0)
+    s = scale_of(amax, tl.max(tl.max((value != value).to(tl.int32), 1), 0), floor, POWER)
+    across = tl.num_programs(1)
+    tl.store(scale + (e * tl.num_programs(0) + tl.program_id(0)) * across + tl.program_id(1), s)
+    code = tl.div_rn(value, s + tl.zeros_like(value)).to(tl.float8e4nv)
+    tl.store(codes + (e * rows + r.to(tl.int64)[:, None]) * cols + c[None, :], code, mask=mask)
