@@ -4,6 +4,8 @@
 transformers' own) and "kimi_k2"; `deepseek_v3.unregister()` gives the former back.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from .configuration.configuration_deepseek_v3 import DeepseekV3Config, KimiK2Config
 from .modeling_deepseek_v3 import (
     DeepseekV3ForCausalLM,
@@ -14,6 +16,9 @@ from .modeling_deepseek_v3 import (
     LatentCache,
 )
 from .registration import register, unregister
+
+if TYPE_CHECKING:
+    from .training import RouterBalanceCallback
 
 __version__ = "0.1.0"
 
@@ -26,8 +31,19 @@ __all__ = [
     "DeepseekV3PreTrainedModel",
     "KimiK2Config",
     "LatentCache",
+    "RouterBalanceCallback",
     "register",
     "unregister",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # transformers' callbacks import PEFT and whatever quantisers are installed: only who trains waits for them.
+    if name == "RouterBalanceCallback":
+        from .training import RouterBalanceCallback
+
+        return RouterBalanceCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 register()

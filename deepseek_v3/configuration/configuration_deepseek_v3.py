@@ -177,7 +177,8 @@ class DeepseekV3Config(PreTrainedConfig):
         rope = dict(output.pop("rope_parameters", None) or {})
         output["rope_theta"] = rope.pop("rope_theta", self.default_theta)
         rope_type = rope.pop("rope_type", "default")
-        output["rope_scaling"] = None if rope_type == "default" else {**rope, "type": rope_type}
+        if rope_type != "default":
+            output["rope_scaling"] = {**rope, "type": rope_type}
         return output
 
     def to_diff_dict(self) -> dict[str, Any]:

@@ -81,7 +81,7 @@ _KIMI_K2 = {
     "vocab_size": 163840,
 }
 _MOONLIGHT = {
-    **{key: value for key, value in _DEEPSEEK_V3.items() if key != "quantization_config"},
+    **{key: value for key, value in _DEEPSEEK_V3.items() if key not in ("quantization_config", "rope_scaling")},
     "bos_token_id": 163584,
     "eos_token_id": 163586,
     "first_k_dense_replace": 1,
@@ -99,14 +99,13 @@ _MOONLIGHT = {
     "num_nextn_predict_layers": 0,
     "q_lora_rank": None,
     "rms_norm_eps": 1e-05,
-    "rope_scaling": None,
     "rope_theta": 50000.0,
     "routed_scaling_factor": 2.446,
     "topk_group": 1,
     "vocab_size": 163840,
 }
 _SMALL = {
-    **{key: value for key, value in _DEEPSEEK_V3.items() if key not in ("quantization_config", "torch_dtype")},
+    **{key: value for key, value in _DEEPSEEK_V3.items() if key not in ("quantization_config", "torch_dtype", "rope_scaling")},
     "first_k_dense_replace": 1,
     "hidden_size": 192,
     "initializer_range": 0.02,
@@ -123,7 +122,6 @@ _SMALL = {
     "q_lora_rank": 96,
     "qk_nope_head_dim": 32,
     "qk_rope_head_dim": 16,
-    "rope_scaling": None,
     "topk_group": 2,
     "v_head_dim": 32,
     "vocab_size": 4096,

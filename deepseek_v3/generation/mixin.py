@@ -15,7 +15,7 @@ class LatentGenerationMixin(GenerationMixin):
 
     def _prepare_cache_for_generation(self: Any, generation_config: Any, model_kwargs: Any, *args: Any) -> Any:
         given = model_kwargs.get("past_key_values")
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)  # type: ignore[misc]
         made = model_kwargs.get("past_key_values")
         if given is None and type(made) is DynamicCache:
             model_kwargs["past_key_values"] = LatentCache(self.config, offloading=made.offloading)

@@ -67,7 +67,9 @@ class LatentLayer(CacheLayerMixin):
     def _append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         start, end = self._length, self._length + key_states.shape[2]
         assert self._storage is not None
-        if end > self._storage[0].shape[2]:
+        # What inference_mode made cannot be written to outside of it: move house once.
+        frozen = self._storage[0].is_inference() and not torch.is_inference_mode_enabled()
+        if frozen or end > self._storage[0].shape[2]:
             self._grow(max(end + _ROOM, end + end // 2))
         for storage, new in zip(self._storage, (key_states, value_states), strict=True):
             storage[:, :, start:end] = new

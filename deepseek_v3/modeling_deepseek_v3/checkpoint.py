@@ -107,8 +107,9 @@ def _settle_mtp(model: Any, loading_info: Any) -> None:
     expected = {name for name in model.state_dict() if _layer_of(name) >= first}
     if expected and expected <= loading_info.missing_keys:
         logger.warning(
-            f"The checkpoint holds no MTP weights although config.num_nextn_predict_layers is "
-            f"{config.num_nextn_predict_layers} (transformers' own class drops them on saving). The model has no MTP modules, and its config says so."
+            "The checkpoint holds no MTP weights although its config says num_nextn_predict_layers = "
+            f"{config.num_nextn_predict_layers} (transformers' own class drops them on saving). The model has no MTP "
+            "modules, and its config now says 0."
         )
         base.layers = base.layers[:first]
         config.num_nextn_predict_layers = 0

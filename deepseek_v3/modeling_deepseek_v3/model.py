@@ -55,6 +55,15 @@ class DeepseekV3PreTrainedModel(LoadingMixin, PreTrainedModel):
         r"layers\.\d+\.shared_head\.head\.weight",
     ]
 
+    # transformers reads these two off the source of a model's own file, where ours has neither.
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

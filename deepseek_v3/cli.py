@@ -1,0 +1,41 @@
+"""`deepseek-v3`, also `python -m deepseek_v3.cli`: one command for each thing the package does.
+
+Bad input ends with one line on standard error and exit code 2.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from .conversion.commands import add_commands as add_conversion_commands
+from .training.commands import add_commands as add_training_commands
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="deepseek-v3",
+        description="DeepSeek-V3 for Hugging Face: train, generate, convert and inspect models of that architecture.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    add_training_commands(commands)
+    add_conversion_commands(commands)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    args = make_parser().parse_args(arguments)
+    try:
+        return args.func(args)
+    except (ValueError, OSError) as error:
+        line = " ".join(str(error).split())
+        print(f"deepseek-v3 {args.command}: {line}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"deepseek-v3 {args.command}: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
