@@ -56,8 +56,9 @@ def native_twin(model, **config_overrides):
         setattr(config, name, value)
     native = NativeForCausalLM(config).eval()
     native.config._attn_implementation = model.config._attn_implementation
-    first_mtp = model.config.num_hidden_layers
-    own = {k: v for k, v in model.state_dict().items() if f"layers.{first_mtp}." not in k}
+    first = model.config.num_hidden_layers
+    mtp = tuple(f"model.layers.{first + depth}." for depth in range(model.config.num_nextn_predict_layers))
+    own = {k: v for k, v in model.state_dict().items() if not k.startswith(mtp or "-")}
     native.load_state_dict(own)
     return native
 

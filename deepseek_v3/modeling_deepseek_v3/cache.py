@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, StaticLayer
+from transformers.utils.import_utils import is_torchdynamo_compiling
 
 _ROOM = 64  # tokens: the least that storage grows by
 
@@ -68,8 +69,7 @@ class LatentLayer(CacheLayerMixin):
         start, end = self._length, self._length + key_states.shape[2]
         assert self._storage is not None
         # What inference_mode made cannot be written to outside of it: move house once.
-        frozen = self._storage[0].is_inference() and not torch.is_inference_mode_enabled()
-        if frozen or end > self._storage[0].shape[2]:
+        if _frozen(self._storage[0]) or end > self._storage[0].shape[2]:
             self._grow(max(end + _ROOM, end + end // 2))
         for storage, new in zip(self._storage, (key_states, value_states), strict=True):
             storage[:, :, start:end] = new
@@ -138,6 +138,12 @@ class LatentLayer(CacheLayerMixin):
             self._gather(rows.repeat_interleave(repeats))
 
 
+def _frozen(tensor: torch.Tensor) -> bool:
+    if is_torchdynamo_compiling():
+        return False
+    return tensor.is_inference() and not torch.is_inference_mode_enabled()
+
+
 class LatentCache(Cache):
     """Cache of latents for `generate` and `forward`; what `generate` makes when no cache is given.
 
@@ -179,7 +185,7 @@ def check_cache(cache: Cache, config: Any, batch_size: int) -> None:
     """
     layer = next((layer for layer in cache.layers if getattr(layer, "is_initialized", False)), None)
     keys = getattr(layer, "keys", None)
-    if keys is None or keys.dim() != 4 or layer.get_seq_length() == 0:  # type: ignore[union-attr]
+    if keys is None or keys.dim() != 4:
         return
     if keys.shape[1] != 1 or keys.shape[-1] != config.kv_lora_rank:
         raise ValueError(

@@ -13,7 +13,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..configuration.layout import is_moe_layer
 from .attention import DeepseekV3Attention
 from .layers import DeepseekV3MLP, DeepseekV3RMSNorm
-from .moe import DeepseekV3MoE, RouterStatistics
+from .moe import DeepseekV3MoE
+
+# The layer's output, or that and the router's balance loss and load (None from a dense layer).
+LayerOutput = torch.Tensor | tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 
 
 class DeepseekV3DecoderLayer(GradientCheckpointingLayer):
@@ -35,7 +38,7 @@ class DeepseekV3DecoderLayer(GradientCheckpointingLayer):
         router_statistics: bool = False,
         token_mask: torch.Tensor | None = None,
         **kwargs: Any,
-    ) -> torch.Tensor | tuple[torch.Tensor, RouterStatistics | None]:
+    ) -> LayerOutput:
         """[B, T, D] to [B, T, D].
 
         Args:
@@ -43,8 +46,8 @@ class DeepseekV3DecoderLayer(GradientCheckpointingLayer):
             position_embeddings: cos and sin, [B, T, R].
             attention_mask: see `DeepseekV3Attention.forward`.
             past_key_values: any transformers cache.
-            router_statistics: also return what the router saw (None from a dense layer). They leave the layer as
-                outputs so that they are computed, and counted, once under activation checkpointing.
+            router_statistics: also return the router's balance loss and load (None from a dense layer). They leave
+                the layer as outputs so that they are counted once under activation checkpointing.
             token_mask: [B, T], True for the tokens that the statistics count.
         """
         attended, _ = self.self_attn(
@@ -57,10 +60,10 @@ class DeepseekV3DecoderLayer(GradientCheckpointingLayer):
         hidden_states = hidden_states + attended
         normed = self.post_attention_layernorm(hidden_states)
         if router_statistics and isinstance(self.mlp, DeepseekV3MoE):
-            output, statistics = self.mlp.forward_with_statistics(normed, token_mask)
-            return hidden_states + output, statistics
+            output, balance_loss, load = self.mlp.forward_with_statistics(normed, token_mask)
+            return hidden_states + output, balance_loss, load
         hidden_states = hidden_states + self.mlp(normed)
-        return (hidden_states, None) if router_statistics else hidden_states
+        return (hidden_states, None, None) if router_statistics else hidden_states
 
 
 class DeepseekV3SharedHead(nn.Module):
@@ -89,7 +92,7 @@ class DeepseekV3MTPLayer(DeepseekV3DecoderLayer):
 
     def forward(  # type: ignore[override]
         self, previous: torch.Tensor, inputs_embeds: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> torch.Tensor | tuple[torch.Tensor, RouterStatistics | None]:
+    ) -> LayerOutput:
         """Run the module; the result is the residual stream before `shared_head.norm`.
 
         Args:

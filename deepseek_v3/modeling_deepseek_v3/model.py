@@ -171,12 +171,11 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel):
         for layer in self.layers[: self.config.num_hidden_layers]:
             hidden_states = layer(hidden_states, router_statistics=wanted, token_mask=token_mask, **kwargs)
             if wanted:
-                hidden_states, statistics = hidden_states
-                if statistics is not None:
-                    loss = statistics.balance_loss
-                    total = loss if total is None else total + loss.to(total.device)
+                hidden_states, balance_loss, load = hidden_states
+                if load is not None:
+                    total = balance_loss if total is None else total + balance_loss.to(total.device)
                     if self.training:
-                        layer.mlp.gate.count(statistics.load)
+                        layer.mlp.gate.count(load)
         return hidden_states, total
 
     def mask(

@@ -7,7 +7,7 @@ Letters: B batch, T tokens, D hidden, E routed experts, K experts a token, G gro
 """
 
 import re
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,13 +15,6 @@ from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 
 from .layers import DeepseekV3MLP
-
-
-class RouterStatistics(NamedTuple):
-    """What one layer's router saw in one forward: its balance loss (0-d) and tokens per expert [E], float32."""
-
-    balance_loss: torch.Tensor
-    load: torch.Tensor
 
 
 class DeepseekV3TopkRouter(nn.Module):
@@ -200,16 +193,17 @@ class DeepseekV3MoE(nn.Module):
 
     def forward_with_statistics(
         self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None, wanted: bool = True
-    ) -> tuple[torch.Tensor, RouterStatistics | None]:
-        """[B, T, D] to [B, T, D], and what the router saw of the tokens that `token_mask` [B, T] marks."""
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """[B, T, D] to [B, T, D]; of the tokens that `token_mask` [B, T] marks, where wanted, also the balance loss
+        (0-d, alpha in it) and the load (tokens per expert [E], float32)."""
         shape = hidden_states.shape
         logits, weights, indices = self.gate(hidden_states)
         output = self._routed(hidden_states.reshape(-1, shape[-1]), indices, weights).view(shape)
         if self.shared_experts is not None:
             output = output + self.shared_experts(hidden_states)
         if not wanted:
-            return output, None
-        return output, self._statistics(logits, indices, token_mask, (shape[0], shape[1]))
+            return output, None, None
+        return output, *self._statistics(logits, indices, token_mask, (shape[0], shape[1]))
 
     def _routed(self, tokens: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         if not (tokens.requires_grad and tokens.device.type == "cpu"):
@@ -224,12 +218,12 @@ class DeepseekV3MoE(nn.Module):
 
     def _statistics(
         self, logits: torch.Tensor, indices: torch.Tensor, token_mask: torch.Tensor | None, shape: tuple[int, int]
-    ) -> RouterStatistics:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         ones = torch.ones_like(indices, dtype=torch.float32)
         if token_mask is not None:
             ones = ones * token_mask.reshape(-1, 1)
         load = ones.new_zeros(self.gate.num_experts).scatter_add_(0, indices.reshape(-1), ones.reshape(-1))
         alpha = self.config.seq_balance_loss_alpha
         if not alpha:
-            return RouterStatistics(logits.new_zeros(()), load)
-        return RouterStatistics(alpha * sequence_balance_loss(logits, self.gate.top_k, token_mask, shape), load)
+            return logits.new_zeros(()), load
+        return alpha * sequence_balance_loss(logits, self.gate.top_k, token_mask, shape), load

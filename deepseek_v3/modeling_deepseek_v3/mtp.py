@@ -80,8 +80,8 @@ def _run_depth(
     )
     if not model.training:
         return output
-    residual, statistics = output
-    layer.mlp.gate.count(statistics.load)  # type: ignore[union-attr]
+    residual, _, load = output
+    layer.mlp.gate.count(load)
     return residual
 
 

@@ -88,7 +88,8 @@ def make_model(settings: TrainSettings, tokenizer: Any) -> DeepseekV3ForCausalLM
     if settings.model not in PRESETS:
         if not os.path.isdir(settings.model):
             raise ValueError(f"{settings.model} is neither a preset ({', '.join(PRESETS)}) nor a folder")
-        return AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.float32)
+        model: Any = AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.float32)
+        return model
     config: DeepseekV3Config = preset(
         settings.model,
         **{

@@ -86,7 +86,10 @@ def test_rows_can_be_reordered_selected_and_repeated(model, tokens, rows):
     if len(rows) == 2:
         beams = filled(model, tokens)
         beams.reorder_cache(picked)
-        same(step(model, tokens[picked][:, :1], beams), step(model, tokens[picked][:, :1], filled(model, tokens[picked])))
+        same(
+            step(model, tokens[picked][:, :1], beams),
+            step(model, tokens[picked][:, :1], filled(model, tokens[picked])),
+        )
 
 
 def test_repeat_and_boolean_selection(model, tokens):
@@ -125,7 +128,9 @@ def test_gradients_flow_through_a_cache_that_is_written_twice(tokens):
     cached = model.model.layers[0].self_attn.kv_a_proj_with_mqa.weight.grad.clone()
     model.zero_grad()
     model(tokens).logits.sum().backward()
-    torch.testing.assert_close(cached, model.model.layers[0].self_attn.kv_a_proj_with_mqa.weight.grad, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        cached, model.model.layers[0].self_attn.kv_a_proj_with_mqa.weight.grad, rtol=1e-3, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("make", ["dynamic", "static", "latent static", "quantized"])

@@ -65,9 +65,9 @@ def test_prefill_decode_and_chunks_equal_the_native_class(q_lora, yarn, groups, 
                 ours = model(**inputs, past_key_values=cache).logits
                 theirs = native(**inputs, past_key_values=native_cache).logits
                 assert relative(real(ours, mask[:, :end], length), real(theirs, mask[:, :end], length)) < TOLERANCE
-                assert relative(real(ours, mask[:, :end], length), real(expected[:, start:end], mask[:, :end], length)) < (
-                    TOLERANCE
-                )
+                assert relative(
+                    real(ours, mask[:, :end], length), real(expected[:, start:end], mask[:, :end], length)
+                ) < (TOLERANCE)
                 start = end
 
 
