@@ -141,7 +141,8 @@ class DeepseekV3ForCausalLM(DeepseekV3PreTrainedModel, LatentGenerationMixin):
         """
         vocabulary = logits.shape[-1]
         labels, targets = _checked_labels(logits, *given)
-        terms = num_items if num_items is not None else (targets != IGNORE_INDEX).sum().clamp(min=1)
+        own_terms = (targets != IGNORE_INDEX).sum().clamp(min=1)
+        terms = num_items if num_items is not None else own_terms
         terms = terms.to(logits.device) if isinstance(terms, torch.Tensor) else terms
         main = cross_entropy_sum(logits.reshape(-1, vocabulary), targets.reshape(-1)) / terms
         losses = {"loss": main, "main_loss": main}
@@ -150,7 +151,8 @@ class DeepseekV3ForCausalLM(DeepseekV3PreTrainedModel, LatentGenerationMixin):
             losses["mtp_loss"] = mtp_loss(states, self.lm_head, labels, position_ids, depths, terms, vocabulary)
             losses["loss"] = losses["loss"] + self.config.mtp_loss_weight * losses["mtp_loss"]
         if balance is not None and self.config.seq_balance_loss_alpha > 0:
-            losses["balance_loss"] = losses["aux_loss"] = balance.to(logits.device)
+            # A forward's share by its tokens, as of the other losses: accumulated forwards add up to their mean.
+            losses["balance_loss"] = losses["aux_loss"] = balance.to(logits.device) * (own_terms / terms)
             losses["loss"] = losses["loss"] + losses["balance_loss"]
         if self.training and not is_torchdynamo_compiling():
             self.loss_meter.add(losses, summed=num_items is not None)

@@ -31,10 +31,7 @@ class LossMeter:
         Args:
             steps: optimizer steps since then.
         """
-        # The balance loss is a mean for each forward whatever the other two are divided by.
-        count = {
-            name: max(steps if self.summed and name != "balance_loss" else self.forwards, 1) for name in self.sums
-        }
-        means = {name: value / count[name] for name, value in self.sums.items()}
+        count = max(steps if self.summed else self.forwards, 1)
+        means = {name: value / count for name, value in self.sums.items()}
         self.sums, self.forwards = {}, 0
         return means

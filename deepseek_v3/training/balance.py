@@ -105,12 +105,8 @@ class RouterBalanceCallback(TrainerCallback):
         meter = language_model.loss_meter
         summed, means = meter.summed, meter.drain(self._steps)
         ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-        losses = {}
-        for name, value in means.items():
-            # Shares of one sum over the whole batch add up over ranks; means are averaged.
-            shares = summed and name != "balance_loss"
-            losses[name] = float(_all_reduce(value)) / (1 if shares else ranks)
-        return losses
+        # Shares of one sum over the whole batch add up over ranks; means are averaged.
+        return {name: float(_all_reduce(value)) / (1 if summed else ranks) for name, value in means.items()}
 
     def _balance(self, model: nn.Module) -> dict[str, float]:
         ratios = [float(load.max() / load.mean()) for load in self._loads if load is not None]

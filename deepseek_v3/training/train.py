@@ -86,8 +86,6 @@ def make_tokenizer(settings: TrainSettings, texts: list[str]) -> Any:
 def make_model(settings: TrainSettings, tokenizer: Any) -> DeepseekV3ForCausalLM:
     """A fresh model of a preset with the tokenizer's vocabulary, or the one in a folder."""
     if settings.model not in PRESETS:
-        if not os.path.isdir(settings.model):
-            raise ValueError(f"{settings.model} is neither a preset ({', '.join(PRESETS)}) nor a folder")
         model: Any = AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.float32)
         return model
     config: DeepseekV3Config = preset(
@@ -140,6 +138,8 @@ def train(settings: TrainSettings, say: Callable[[str], None] = print) -> TrainR
     Raises:
         ValueError, FileNotFoundError: settings that cannot work, with what to change.
     """
+    if settings.model not in PRESETS and not os.path.isdir(settings.model):
+        raise ValueError(f"{settings.model} is neither a preset ({', '.join(PRESETS)}) nor a folder")
     set_seed(settings.seed)
     texts, held_out = load_data(settings)
     size = sum(len(text.encode()) for text in texts)
