@@ -114,9 +114,9 @@ def test_checkpointing_changes_no_loss(uninterrupted, dataset, tmp_path):
     assert losses(checkpointed) == losses(uninterrupted)
 
 
-def test_bf16_learns_alike(uninterrupted, dataset, tmp_path):
-    low = run(tmp_path, dataset, bf16=True)
-    assert losses(low) == pytest.approx(losses(uninterrupted), rel=0.02)
+def test_bf16_learns_alike(dataset, tmp_path):
+    low, high = (run(tmp_path / str(bf16), dataset, bf16=bf16, learning_rate=2e-3) for bf16 in (True, False))
+    assert losses(low) == pytest.approx(losses(high), rel=0.01)
     assert low.model.model.layers[1].mlp.experts.down_proj.dtype == torch.float32
 
 
@@ -148,7 +148,9 @@ def test_logs_hold_losses_load_and_bias(uninterrupted):
         ratios = [max(load) * 8 for load in entry["expert_load"]]
         assert entry["max_load"] == pytest.approx(max(ratios))
         assert entry["max_vio"] == pytest.approx(sum(ratios) / 3 - 1)
-    assert max(abs(b) for bias in entries[-1]["router_bias"] for b in bias) == pytest.approx(0.008, abs=0.0011)
+    steps = torch.tensor(entries[-1]["router_bias"]) / 0.001  # whole steps of gamma, at most one for each update
+    torch.testing.assert_close(steps, steps.round(), rtol=0, atol=1e-3)
+    assert 3 < steps.abs().max() < 8.01
 
 
 def test_the_log_is_what_the_callbacks_after_it_see(dataset, tmp_path):
