@@ -48,6 +48,7 @@ class Report:
         peak_rss: largest resident memory of any one worker, in bytes (0 if every file was there already).
         notes: remarks for the user.
         comparison: the verification, if one was asked for.
+        verified: its verdict: exact to the last bit, or to FP8's rounding where BF16 was quantised; None without one.
     """
 
     folder: Path
@@ -58,6 +59,7 @@ class Report:
     peak_rss: int = 0
     notes: list[str] = field(default_factory=list)
     comparison: Comparison | None = None
+    verified: bool | None = None
 
 
 def convert(
@@ -131,6 +133,8 @@ def convert(
     if verify:
         without_mtp = to == "inference" and not keep_mtp
         report.comparison = compare(source, target, workers=workers, without_mtp=without_mtp, config=checkpoint.config)
+        quantised = any(step.kind == "quantise" for job in plan.jobs for step in job.steps)
+        report.verified = report.comparison.agrees(exact=not quantised)
     report.seconds = time.perf_counter() - began
     return report
 

@@ -78,13 +78,7 @@ def mtp_layers(names: Iterable[str]) -> list[int]:
 
 def part_of(name: str, first_mtp: float) -> str:
     """The part of the model that an official tensor belongs to, under the names that `account` uses."""
-    pieces = name.split(".")
-    if (
-        pieces[:2] == ["model", "layers"]
-        and len(pieces) > 2
-        and pieces[2].isdecimal()
-        and int(pieces[2]) in mtp_layers
-    ):
+    if layer_of(name) >= first_mtp:
         return "mtp"
     if name == "model.embed_tokens.weight":
         return "embedding"

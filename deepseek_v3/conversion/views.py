@@ -144,16 +144,16 @@ class Source:
         width = ITEM_BYTES[view.dtype]
         if view.axis == 1:
             pieces = [self.tile(tile, width, begin, end - begin) for tile in view.tiles]
-            return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=1)
-        pieces, position = [], 0
-        for tile in view.tiles:
-            low, high = max(begin - position, 0), min(end - position, tile.rows)
-            position += tile.rows
-            if low < high:
-                pieces.append(self.tile(tile, width, low, high - low))
+        else:
+            pieces, position = [], 0
+            for tile in view.tiles:
+                low, high = max(begin - position, 0), min(end - position, tile.rows)
+                position += tile.rows
+                if low < high:
+                    pieces.append(self.tile(tile, width, low, high - low))
         if not pieces:
             return np.empty((end - begin, view.columns), _RAW[width])
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=view.axis)
 
     def array(self, view: View) -> np.ndarray:
         """The whole view as unsigned integers of the elements' width, [rows, columns]."""
