@@ -20,7 +20,9 @@ from deepseek_v3.kernels import (
 
 
 def bits(codes):
-    return codes.cpu().contiguous().view(torch.uint8)
+    """Codes as integers; NaN has two, one for each sign, which stand for the same."""
+    integers = codes.cpu().contiguous().view(torch.uint8)
+    return torch.where(integers == 0xFF, 0x7F, integers)
 
 
 def difference(got, truth):

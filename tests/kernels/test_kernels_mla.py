@@ -224,8 +224,7 @@ def test_fp8_latents(target, heads, rank):
         q_latent, q_rope, codes, rope,
         scale=0.1, lengths=lengths, starts=starts, latent_scale=latent_scale, backend=target.backend,
     )  # fmt: skip
-    # The latent is what the codes stand for, rounded to the dtype in which products are taken.
-    values = (codes.float() * latent_scale.repeat_interleave(128, -1)).to(target.dtype)
+    values = codes.double() * latent_scale.double().repeat_interleave(128, -1)
     inputs = (x.cpu() for x in (q_latent, q_rope, values, rope))
     compare(got, truth(*inputs, 0.1, case["lengths"], case["starts"], None), target.dtype)
 

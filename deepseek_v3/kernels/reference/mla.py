@@ -32,8 +32,6 @@ def mla_decode(q_latent, q_rope, latent, rope, scale, lengths, starts, latent_sc
     values = latent.to(wide)
     if latent_scale is not None:
         values = values * latent_scale.to(wide).repeat_interleave(SCALE_GROUP, -1)
-        # The kernels multiply in the queries' dtype, so the truth rounds the dequantised latent to it as well.
-        values = values.to(q_latent.dtype).to(wide)
     values = values.masked_fill(dead, 0)  # [B, S, C]
     keys = rope.to(wide).masked_fill(dead, 0)  # [B, S, R]
     logits = torch.einsum("bthc,bsc->bths", q_latent.to(wide), values)

@@ -8,6 +8,7 @@ import triton
 
 from ..dispatch import capability, processors
 from .mla import mla_combine, mla_split
+from .mla_fp8 import mla_split_fp8, widen_latents
 
 NO_WINDOW = 1 << 30
 LOG2_E = 1.4426950408889634
@@ -28,9 +29,11 @@ class Tiling:
 # Few rows are bound by memory: a 16-row tile and deep asynchronous copies. Many rows are bound by arithmetic: 64-row
 # tiles, half of the output each.
 FEW_ROWS = Tiling(rows=16, slots=64, halves=1, stages=3, warps=4, tma=False)
-FEW_ROWS_FP8 = Tiling(rows=16, slots=64, halves=1, stages=3, warps=4, tma=False)
+SOME_ROWS = Tiling(rows=32, slots=64, halves=1, stages=3, warps=4, tma=False)
 MANY_ROWS = Tiling(rows=64, slots=64, halves=2, stages=2, warps=4, tma=True)
 MANY_ROWS_POINTERS = Tiling(rows=64, slots=64, halves=2, stages=2, warps=4, tma=False)
+# FP8 tiles pass through registers: eight warps have room for this one and the next.
+FEW_ROWS_FP8 = Tiling(rows=16, slots=64, halves=1, stages=1, warps=8, tma=False)
 # Cards before Hopper hold 100 KB of shared memory or a little more.
 SMALL_CARD = Tiling(rows=16, slots=32, halves=1, stages=2, warps=4, tma=False)
 
@@ -39,12 +42,14 @@ def tiling_for(rows: int, rank: int, fp8: bool, hopper: bool, aligned: bool) -> 
     """The tiling for ``rows`` queries a batch row and latents of ``rank``; ``aligned``: TMA can read the cache."""
     if not hopper:
         return SMALL_CARD
+    if fp8:
+        return FEW_ROWS_FP8
     if rows <= 16:
-        return FEW_ROWS_FP8 if fp8 else FEW_ROWS
-    # Halves narrower than 128 would cut a scale's group in two.
-    if rank < 256:
         return FEW_ROWS
-    return MANY_ROWS if aligned and not fp8 else MANY_ROWS_POINTERS
+    # Halves narrower than 128 make too small a product.
+    if rows <= 32 or rank < 256:
+        return SOME_ROWS
+    return MANY_ROWS if aligned else MANY_ROWS_POINTERS
 
 
 def tma_ready(tensor: torch.Tensor) -> bool:
@@ -67,14 +72,29 @@ def splits_for(programs: int, slots: int, tiling: Tiling, multiprocessors: int) 
     return max(1, min(multiprocessors // programs, math.ceil(slots / tiling.slots)))
 
 
+def widen(codes, scale, dtype, lengths, starts):
+    """FP8 latents [B, S, C] in ``dtype``, in the slots in use; the others are left unwritten."""
+    batch, slots, rank = codes.shape
+    out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    rows = max(1, 8192 // rank)
+    widen_latents[(triton.cdiv(slots, rows), batch)](
+        codes, scale, out, lengths, starts, slots, *codes.stride()[:2], *scale.stride(),
+        C=rank, ROWS=rows, LENGTHS=lengths is not None, STARTS=starts is not None, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
 def mla_decode(q_latent, q_rope, latent, rope, scale, lengths, starts, latent_scale, sliding_window, tiling=None):
     """See ``deepseek_v3.kernels.mla_decode``; all tensors' last dimensions are dense."""
     batch, queries, heads, rank = q_latent.shape
     slots, device, rows = latent.shape[1], q_latent.device, queries * heads
-    on_gpu, fp8 = device.type == "cuda", latent_scale is not None
+    on_gpu = device.type == "cuda"
+    if latent_scale is not None and (rows > FEW_ROWS_FP8.rows or rope.dtype != q_latent.dtype):
+        latent, rope = widen(latent, latent_scale, q_latent.dtype, lengths, starts), rope.to(q_latent.dtype)
+        latent_scale = None
     if tiling is None:
         hopper = not on_gpu or capability(device.index) >= (9, 0)
-        tiling = tiling_for(rows, rank, fp8, hopper, tma_ready(latent) and tma_ready(rope))
+        tiling = tiling_for(rows, rank, latent_scale is not None, hopper, tma_ready(latent) and tma_ready(rope))
     tiles = triton.cdiv(rows, tiling.rows) * tiling.halves
     splits = splits_for(tiles * batch, slots, tiling, processors(device.index) if on_gpu else 4)
     out = torch.empty(q_latent.shape, dtype=q_latent.dtype, device=device)
@@ -85,15 +105,20 @@ def mla_decode(q_latent, q_rope, latent, rope, scale, lengths, starts, latent_sc
         partial_lse = torch.empty(batch, rows, splits, dtype=torch.float32, device=device)
     if tiling.tma and on_gpu:
         triton.set_allocator(scratch)
-    mla_split[(tiles, splits, batch)](
-        q_latent, q_rope, latent, rope, latent_scale, lengths, starts, partial, partial_lse,
-        queries, heads, slots, splits, sliding_window or NO_WINDOW, scale * LOG2_E,
-        *q_latent.stride()[:3], *q_rope.stride()[:3], *latent.stride()[:2], *rope.stride()[:2],
-        *(latent_scale.stride()[:2] if fp8 else (0, 0)),
-        C=rank, R=rope.shape[2], HALVES=tiling.halves, BLOCK_M=tiling.rows, BLOCK_N=tiling.slots,
-        FP8=fp8, TMA=tiling.tma, LENGTHS=lengths is not None, STARTS=starts is not None, STAGES=tiling.stages,
-        num_warps=tiling.warps,
-    )  # fmt: skip
+    sizes = (queries, heads, slots, splits, sliding_window or NO_WINDOW, scale * LOG2_E)
+    strides = (*q_latent.stride()[:3], *q_rope.stride()[:3], *latent.stride()[:2], *rope.stride()[:2])
+    options = {"LENGTHS": lengths is not None, "STARTS": starts is not None, "num_warps": tiling.warps}
+    blocks = {"C": rank, "R": rope.shape[2], "BLOCK_M": tiling.rows, "BLOCK_N": tiling.slots}
+    if latent_scale is not None:
+        mla_split_fp8[(tiles, splits, batch)](
+            q_latent, q_rope, latent, rope, latent_scale, lengths, starts, partial, partial_lse,
+            *sizes, *strides, *latent_scale.stride(), **blocks, **options,
+        )  # fmt: skip
+    else:
+        mla_split[(tiles, splits, batch)](
+            q_latent, q_rope, latent, rope, lengths, starts, partial, partial_lse, *sizes, *strides,
+            **blocks, HALVES=tiling.halves, TMA=tiling.tma, STAGES=tiling.stages, **options,
+        )  # fmt: skip
     if splits > 1:
         cols = min(rank, 128)
         mla_combine[(batch * rows, rank // cols)](

@@ -13,43 +13,44 @@ import triton.language as tl
 
 
 @triton.jit
-def _read(
-    codes, scales, col, alive, DTYPE: tl.constexpr, FP8: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
-):  # fmt: skip
-    """A [ROWS, COLS] tile of latents through pointers; FP8 codes are multiplied with their scales, one for 128."""
-    tile = tl.load(codes + col[None, :], mask=alive, other=0.0)
-    if FP8:
-        scale = tl.load(scales + tl.arange(0, COLS // 128)[None, :], mask=alive, other=0.0)
-        wide = tl.reshape(tile.to(tl.float32), (ROWS, COLS // 128, 128)) * scale[:, :, None]
-        tile = tl.reshape(wide, (ROWS, COLS)).to(DTYPE)
-    return tile
+def row_range(lengths, starts, b, t, queries, slots, window, LENGTHS: tl.constexpr, STARTS: tl.constexpr):
+    """Slots of batch row b: its length, the first slot that any query reads, and [low, high) of each query t."""
+    length = slots
+    if LENGTHS:
+        length = tl.minimum(tl.load(lengths + b).to(tl.int32), slots)
+    start = 0
+    if STARTS:
+        start = tl.maximum(tl.load(starts + b).to(tl.int32), 0)
+    high = length - (queries - 1 - t)
+    low = tl.maximum(start, high - window)
+    return length, tl.maximum(start, length - (queries - 1) - window), low, high
 
 
 @triton.jit
-def _attend(q_own, q_other, q_pe, own, other, pe, seen, scale_log2, top, total, acc, HALVES: tl.constexpr):
-    """One online-softmax step over a tile of the cache; logits are kept in base 2."""
-    logits = tl.dot(q_own, own.T)
-    if HALVES == 2:
-        logits = tl.dot(q_other, other.T, logits)
-    logits = tl.dot(q_pe, pe.T, logits)
-    logits = tl.where(seen, logits * scale_log2, float("-inf"))
+def softmax_step(logits, top, total):
+    """New maximum and sum of base-2 logits, the weights, and the factor by which what was summed so far fades."""
     new_top = tl.maximum(top, tl.max(logits, 1))
     # A row that has seen nothing yet keeps -inf; subtracting that from itself would be NaN.
     base = tl.where(new_top == float("-inf"), 0.0, new_top)
     weights = tl.exp2(logits - base[:, None])
     fade = tl.exp2(top - base)
-    total = total * fade + tl.sum(weights, 1)
-    acc = tl.dot(weights.to(own.dtype), own, acc * fade[:, None])
-    return new_top, total, acc
+    return new_top, total * fade + tl.sum(weights, 1), weights, fade
+
+
+@triton.jit
+def natural(top, total):
+    """Log-sum-exp in base e from a maximum and a sum in base 2; -inf where nothing was summed."""
+    empty = total == 0.0
+    return tl.where(empty, float("-inf"), (top + tl.log2(tl.where(empty, 1.0, total))) * 0.6931471805599453)
 
 
 @triton.jit(do_not_specialize=["splits", "window"])
 def mla_split(
-    q_latent, q_rope, latent, rope, latent_scale, lengths, starts, out, lse,
+    q_latent, q_rope, latent, rope, lengths, starts, out, lse,
     queries, heads, slots, splits, window, scale_log2,
-    ql_b, ql_t, ql_h, qr_b, qr_t, qr_h, c_b, c_s, r_b, r_s, s_b, s_s,
+    ql_b, ql_t, ql_h, qr_b, qr_t, qr_h, c_b, c_s, r_b, r_s,
     C: tl.constexpr, R: tl.constexpr, HALVES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    FP8: tl.constexpr, TMA: tl.constexpr, LENGTHS: tl.constexpr, STARTS: tl.constexpr, STAGES: tl.constexpr,
+    TMA: tl.constexpr, LENGTHS: tl.constexpr, STARTS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Attention of one tile of rows over one split: out [B, T * H, splits, C] normalised, lse [B, T * H, splits]."""
     COLS: tl.constexpr = C // HALVES
@@ -64,7 +65,6 @@ def mla_split(
     own_col = half * COLS + col
     other_col = (HALVES - 1 - half) * COLS + col
     r = tl.arange(0, R)
-    dtype: tl.constexpr = q_latent.dtype.element_ty
 
     ql = q_latent + b * ql_b + (t.to(tl.int64) * ql_t + h.to(tl.int64) * ql_h)[:, None]
     qr = q_rope + b * qr_b + (t.to(tl.int64) * qr_t + h.to(tl.int64) * qr_h)[:, None]
@@ -74,16 +74,8 @@ def mla_split(
         q_other = tl.load(ql + other_col[None, :], mask=live[:, None], other=0.0)
     q_pe = tl.load(qr + r[None, :], mask=live[:, None], other=0.0)
 
-    length = slots
-    if LENGTHS:
-        length = tl.minimum(tl.load(lengths + b).to(tl.int32), slots)
-    start = 0
-    if STARTS:
-        start = tl.maximum(tl.load(starts + b).to(tl.int32), 0)
-    high = length - (queries - 1 - t)
-    low = tl.maximum(start, high - window)
     # The cache is walked from the first slot that any query reads, so only the last tile can hold dead slots.
-    first = tl.maximum(start, length - (queries - 1) - window)
+    length, first, low, high = row_range(lengths, starts, b, t, queries, slots, window, LENGTHS, STARTS)
     share = tl.cdiv(tl.cdiv(tl.maximum(length - first, 0), BLOCK_N), splits) * BLOCK_N
     begin = first + split * share
     end = tl.minimum(begin + share, length)
@@ -100,36 +92,34 @@ def mla_split(
         rope_tiles = tl.make_tensor_descriptor(rope + b * r_b, [tl.maximum(length, 1), R], [r_s, 1], [BLOCK_N, R])
     for n in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
         slot = n + tl.arange(0, BLOCK_N)
+        # The last tile reads its last live slot again instead of the dead ones behind it: no load needs a mask, and
+        # ``seen`` hides the repetition.
+        place = tl.cast(n, tl.int64) + tl.minimum(tl.arange(0, BLOCK_N), end - 1 - n)[:, None]
         if TMA:
             own = latent_tiles.load([n, half * COLS])
-            other = own
-            if HALVES == 2:
-                other = latent_tiles.load([n, (1 - half) * COLS])
             pe = rope_tiles.load([n, 0])
         else:
-            alive = (slot < end)[:, None]
-            place = slot.to(tl.int64)[:, None]
-            codes = latent + b * c_b + place * c_s
-            scales = latent_scale
-            if FP8:
-                scales = latent_scale + b * s_b + place * s_s + half * (COLS // 128)
-            own = _read(codes, scales, own_col, alive, dtype, FP8, BLOCK_N, COLS)
-            other = own
-            if HALVES == 2:
-                if FP8:
-                    scales += (1 - 2 * half) * (COLS // 128)
-                other = _read(codes, scales, other_col, alive, dtype, FP8, BLOCK_N, COLS)
-            pe = tl.load(rope + b * r_b + place * r_s + r[None, :], mask=alive, other=0.0).to(dtype)
+            own = tl.load(latent + b * c_b + place * c_s + own_col[None, :])
+            pe = tl.load(rope + b * r_b + place * r_s + r[None, :])
+        other = own
+        if HALVES == 2:
+            if TMA:
+                other = latent_tiles.load([n, (1 - half) * COLS])
+            else:
+                other = tl.load(latent + b * c_b + place * c_s + other_col[None, :])
+        logits = tl.dot(q_own, own.T)
+        if HALVES == 2:
+            logits = tl.dot(q_other, other.T, logits)
+        logits = tl.dot(q_pe, pe.T, logits)
         seen = (slot[None, :] < high[:, None]) & (slot[None, :] >= low[:, None])
-        top, total, acc = _attend(q_own, q_other, q_pe, own, other, pe, seen, scale_log2, top, total, acc, HALVES)
+        logits = tl.where(seen, logits * scale_log2, float("-inf"))
+        top, total, weights, fade = softmax_step(logits, top, total)
+        acc = tl.dot(weights.to(own.dtype), own, acc * fade[:, None])
 
-    empty = total == 0.0
-    acc = acc / tl.where(empty, 1.0, total)[:, None]
+    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     place = (b * queries * heads + row) * splits + split
     tl.store(out + place[:, None] * C + own_col[None, :], acc.to(out.dtype.element_ty), mask=live[:, None])
-    # 0.6931... is ln 2: the log-sum-exp is handed on in base e.
-    value = tl.where(empty, float("-inf"), (top + tl.log2(tl.where(empty, 1.0, total))) * 0.6931471805599453)
-    tl.store(lse + place, value, mask=live & (half == 0))
+    tl.store(lse + place, natural(top, total), mask=live & (half == 0))
 
 
 @triton.jit(do_not_specialize=["splits"])
