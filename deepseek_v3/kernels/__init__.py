@@ -9,6 +9,7 @@ from .fp8 import fp8_gemm
 from .grouped import grouped_gemm, grouped_wgrad
 from .grouped_fp8 import grouped_fp8_gemm, grouped_fp8_wgrad, quantize_grouped_transposed
 from .mla import mla_decode
+from .norm import rms_norm, rotate, write_latents
 from .permute import combine_pairs, gather_pairs, route, sort_pairs
 from .quantize import (
     dequantize_activation,
@@ -39,6 +40,9 @@ __all__ = [
     "quantize_grouped_transposed",
     "quantize_swiglu",
     "quantize_weight",
+    "rms_norm",
+    "rotate",
     "route",
     "sort_pairs",
+    "write_latents",
 ]
