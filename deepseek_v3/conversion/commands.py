@@ -134,6 +134,9 @@ def _guarded(handler: Callable[[argparse.Namespace], int]) -> Callable[[argparse
         except (CheckpointError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
+        except KeyboardInterrupt:
+            print("interrupted; the same command continues an unfinished conversion", file=sys.stderr)
+            return 130
 
     return run
 
@@ -142,7 +145,7 @@ def _convert(args: argparse.Namespace) -> int:
     from .driver import convert
 
     def show(file: str, done: int, total: int) -> None:
-        print(f"{file}  {done / 1e9:.2f} of {total / 1e9:.2f} GB", file=sys.stderr)
+        print(f"{file}  {done / 1e9:.2f} of {total / 1e9:.2f} GB", flush=True)
 
     report = convert(
         args.source,
@@ -165,7 +168,7 @@ def _convert(args: argparse.Namespace) -> int:
         progress=None if args.quiet else show,
     )
     for note in report.notes:
-        print(f"note: {note}", file=sys.stderr)
+        print(f"note: {note}")
     resumed = f", {report.resumed} of them from an earlier run" if report.resumed else ""
     speed = f"{report.nbytes / 1e9:.2f} GB in {report.seconds:.1f} s"
     print(f"wrote {report.files} files{resumed}, {speed}, to {report.folder}")

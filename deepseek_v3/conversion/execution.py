@@ -54,9 +54,10 @@ def default_workers() -> int:
 
 
 def _context(needs_codec: bool) -> Any:
-    # A server that has torch imported and no threads forks in milliseconds; forking this process would not be safe.
+    # A server that has all modules and no threads forks in milliseconds; forking this process would not be safe.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["deepseek_v3.conversion.codec"] if needs_codec else [])
+    modules = ["deepseek_v3.conversion.driver", "deepseek_v3.conversion.codec"]
+    context.set_forkserver_preload(modules if needs_codec else modules[:1])
     return context
 
 

@@ -117,8 +117,15 @@ def _old_checkpoint(folder: Path) -> list[Path]:
     return [p for p in folder.iterdir() if not p.is_dir() and (p.suffix == ".safetensors" or p.name in fixed)]
 
 
-def _journal(folder: Path, names: list[str]) -> dict[str, Any] | None:
-    return read_json(folder / JOURNAL_NAME, _MAX_JOURNAL_BYTES) if JOURNAL_NAME in names else None
+def _journal(folder: Path, names: list[str], *, broken_is_none: bool) -> dict[str, Any] | None:
+    if JOURNAL_NAME not in names:
+        return None
+    try:
+        return read_json(folder / JOURNAL_NAME, _MAX_JOURNAL_BYTES)
+    except CheckpointError:
+        if broken_is_none:
+            return None
+        raise
 
 
 @contextmanager
@@ -138,7 +145,9 @@ def open_target(folder: Path, plan: Plan, digest: str, *, resume: bool, overwrit
     """
     names = _contents(folder)
     created = not folder.exists()
-    journal = None if overwrite else _journal(folder, names)
+    journal = _journal(folder, names, broken_is_none=overwrite)
+    # The same command given again after a kill continues, whatever it was told to overwrite at first.
+    overwrite = overwrite and (journal is None or journal.get("fingerprint") != digest)
     if names and not overwrite:
         if journal is not None and journal.get("fingerprint") != digest:
             problem = "holds the beginning of another conversion, or its source has changed since"
@@ -159,6 +168,6 @@ def open_target(folder: Path, plan: Plan, digest: str, *, resume: bool, overwrit
             raise
         for path in old:
             path.unlink()
-        created = bool(journal.get("created")) if journal else created
+        created = bool(journal.get("created")) if journal and not overwrite else created
         write_json(folder / JOURNAL_NAME, {"fingerprint": digest, "created": created})
         yield Target(folder, plan, created)

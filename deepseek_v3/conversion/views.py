@@ -109,6 +109,7 @@ class Source:
 
     def __init__(self) -> None:
         self._open: OrderedDict[str, int] = OrderedDict()
+        self._asked: dict[str, int] = {}
 
     def __enter__(self) -> "Source":
         return self
@@ -127,6 +128,15 @@ class Source:
         self._open[file] = open_regular(file)[0]
         return self._open[file]
 
+    def _read_ahead(self, file: str, fd: int, begin: int, end: int) -> None:
+        """Have the system read on beyond a band, once for each stretch of the file."""
+        asked = self._asked.get(file, 0)
+        if not begin <= asked <= end + _PREFETCH_BYTES:
+            asked = begin
+        if asked < end + _PREFETCH_BYTES // 2:
+            os.posix_fadvise(fd, asked, end + _PREFETCH_BYTES - asked, os.POSIX_FADV_WILLNEED)
+            self._asked[file] = end + _PREFETCH_BYTES
+
     def tile(self, tile: Tile, width: int, row: int, rows: int) -> np.ndarray:
         """[rows, columns] of a tile from its row `row` on, mapped and not copied; elements of `width` bytes raw."""
         if rows * tile.columns == 0:
@@ -135,12 +145,10 @@ class Source:
         base = first - first % mmap.ALLOCATIONGRANULARITY
         length = first - base + rows * tile.stride * width
         fd = self.descriptor(tile.file)
-        os.posix_fadvise(fd, base, length + _PREFETCH_BYTES, os.POSIX_FADV_WILLNEED)
+        self._read_ahead(tile.file, fd, base, base + length)
         # Copy-on-write, never written to: torch warns of arrays that it may not write.
         mapping = mmap.mmap(fd, length, access=mmap.ACCESS_COPY, offset=base)
         raw = np.frombuffer(mapping, np.uint8, rows * tile.stride * width, first - base)
-        if first % width:
-            raw = raw.copy()
         return raw.view(_RAW[width]).reshape(rows, tile.stride)[:, tile.column : tile.column + tile.columns]
 
     def rows(self, view: View, begin: int, end: int) -> np.ndarray:

@@ -31,13 +31,13 @@ def _die_in(names, count, after):
 def die_writing(source, target, to, count, options):
     """Convert in this process and die by SIGKILL just before write number `count`."""
     _die_in(("pwrite", "copy_file_range"), count, after=False)
-    convert(source, target, to, workers=0, resume=True, **options)
+    convert(source, target, to, **{"workers": 0, "resume": True, **options})
 
 
 def die_renaming(source, target, to, count, options):
     """Convert in this process and die by SIGKILL just after rename number `count`."""
     _die_in(("rename",), count, after=True)
-    convert(source, target, to, workers=0, resume=True, **options)
+    convert(source, target, to, **{"workers": 0, "resume": True, **options})
 
 
 def on_a_small_disk(source, target, to, limit, connection):

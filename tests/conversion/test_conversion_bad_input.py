@@ -195,11 +195,11 @@ def test_bad_checkpoints(copy, tmp_path, capsys, what):
     folder = copy("fp8")
     damage(folder)
     before = snapshot(folder)
-    assert command("convert", folder, tmp_path / "out", "--to", "bf16", "--workers", 0, "--quiet") == 2
+    assert command("convert", folder, tmp_path / "out", "--to", "bf16", "--workers", 0) == 2
     output = capsys.readouterr()
     assert output.err.count("\n") == 1 and output.err.startswith("error: "), output.err
     assert all(word in output.err for word in words), output.err
-    assert output.out == "" and not (tmp_path / "out").exists()
+    assert not (tmp_path / "out").exists()
     assert snapshot(folder) == before
     # Looking at headers alone finds it, too, unless it lies in the values.
     seen = command("inspect", folder) != 0

@@ -152,6 +152,21 @@ def test_float32_scales_of_bf16_maxima_come_back_exactly():
     assert np.array_equal(scale_again, scale.numpy()) and np.array_equal(again, codes.view(torch.uint8).numpy())
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_another_device_gives_the_same_bits(shape):
+    """The way of every device but "cpu" goes through the kernels; here it ends on the same processor."""
+    generator = np.random.default_rng(3)
+    codes = random_codes(generator, *shape)
+    scale = np.exp(generator.normal(-5, 2, (-(-shape[0] // 128), -(-shape[1] // 128)))).astype(np.float32)
+    bits = decode(codes, scale)
+    assert np.array_equal(decode(codes, scale, "cpu:0"), bits)
+    for ours, theirs in zip(encode(bits, None), encode(bits, None, "cpu:0"), strict=True):
+        assert np.array_equal(ours, theirs)
+    codes[0, 0] = 0x7F
+    with pytest.raises(BadValues):
+        decode(codes, scale, "cpu:0")
+
+
 def test_widening_is_exact():
     raw = np.array([[0x3F80, 0x0001, 0xFF80, 0x8000]], np.uint16)
     wide = widen(raw, "BF16").view(np.float32)

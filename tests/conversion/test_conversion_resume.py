@@ -161,6 +161,17 @@ def test_overwrite_replaces_a_checkpoint_and_nothing_else(made, copy, tmp_path):
     assert snapshot(out) == snapshot(made / "bf16") | {"precious.txt": b"mine"}
 
 
+def test_overwrite_given_again_after_a_kill_continues(made, copy, tmp_path):
+    out, options = copy("ue8m0"), {"overwrite": True, "resume": False}
+    died = in_a_child(killed_conversions.die_renaming, made / "fp8", out, "bf16", 2, options)
+    assert died == -signal.SIGKILL
+    report = convert(made / "fp8", out, "bf16", workers=0, overwrite=True)
+    assert report.resumed == 2 and snapshot(out) == snapshot(made / "bf16")
+    (out / JOURNAL).write_text("broken")
+    assert convert(made / "fp8", out, "bf16", workers=0, overwrite=True).resumed == 0
+    assert snapshot(out) == snapshot(made / "bf16")
+
+
 def test_two_conversions_do_not_share_a_folder(made, tmp_path):
     (tmp_path / "out").mkdir()
     with target.locked(tmp_path / "out"):
