@@ -16,6 +16,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .cache import joint_latents
 from .layers import DeepseekV3RMSNorm
 from .rope import apply_rope, softmax_scale
 
@@ -65,17 +66,17 @@ def eager_attention(
 
 def absorbed_attention(
     query: tuple[torch.Tensor, torch.Tensor],
-    latents: tuple[torch.Tensor, torch.Tensor],
+    latents: torch.Tensor,
     weight: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float,
     dropout: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of all heads over the shared latents, without expanding them.
+    """Attention of all heads over the shared latents, without expanding them: multi-query attention of width C + R.
 
     Args:
         query: [B, H, T, N] and the rotated [B, H, T, R].
-        latents: [B, 1, S, C] and [B, 1, S, R], as any cache holds them.
+        latents: [B, S, C + R], latent and rotated key side by side.
         weight: [H * (N + V), C], the effective `kv_b_proj`.
         attention_mask: [B, 1, T, S], bool (True is seen) or additive, or None (causal, the queries being the last).
         scaling: factor on the logits.
@@ -84,21 +85,18 @@ def absorbed_attention(
     Returns:
         [B, T, H, V] and the attention weights [B, H, T, S].
     """
-    (q_nope, q_rope), (latent, rope) = query, (latents[0][:, 0], latents[1][:, 0])
+    q_nope, q_rope = query
     batch, heads, length, nope = q_nope.shape
-    keys = latent.shape[1]
-    weight = weight.view(heads, -1, latent.shape[-1])  # [H, N + V, C]
-    q_latent = _per_head(q_nope, weight[:, :nope])  # [B, H, T, C]
-    scores = torch.bmm(q_rope.reshape(batch, heads * length, -1), rope.transpose(1, 2))
-    scores = torch.baddbmm(
-        scores, q_latent.reshape(batch, heads * length, -1), latent.transpose(1, 2), beta=scaling, alpha=scaling
-    )
+    keys, rank = latents.shape[1], weight.shape[-1]
+    weight = weight.view(heads, -1, rank)  # [H, N + V, C]
+    q = torch.cat((_per_head(q_nope, weight[:, :nope]), q_rope), dim=-1) * scaling  # [B, H, T, C + R]
+    scores = torch.bmm(q.reshape(batch, heads * length, -1), latents.transpose(1, 2))
     if attention_mask is None and length > 1:
         attention_mask = _causal(length, keys, scores.device)
     probabilities = _softmax(scores.view(batch, heads, length, keys), attention_mask, q_nope.dtype)
     probabilities = nn.functional.dropout(probabilities, p=dropout, training=dropout > 0)
-    mixed = torch.bmm(probabilities.reshape(batch, heads * length, keys), latent)
-    mixed = mixed.view(batch, heads, length, -1)  # [B, H, T, C]
+    mixed = torch.bmm(probabilities.reshape(batch, heads * length, keys), latents[..., :rank])
+    mixed = mixed.view(batch, heads, length, rank)
     output = _per_head(mixed, weight[:, nope:].transpose(1, 2))  # [B, H, T, V]
     return output.transpose(1, 2), probabilities
 
@@ -176,9 +174,10 @@ class DeepseekV3Attention(nn.Module):
         if past_key_values is not None:
             latents = past_key_values.update(*latents, self.layer_idx)
         if mla_form == "absorbed":
-            weight = effective_weight(self.kv_b_proj, latents[0])
+            joint = joint_latents(past_key_values, self.layer_idx, latents)
+            weight = effective_weight(self.kv_b_proj, joint)
             dropout = self.attention_dropout if self.training else 0.0
-            output, weights = absorbed_attention(query, latents, weight, attention_mask, self.scaling, dropout)
+            output, weights = absorbed_attention(query, joint, weight, attention_mask, self.scaling, dropout)
             shown = weights if self.config._attn_implementation == "eager" else None
         else:
             output, shown = self._expanded(query, latents, attention_mask, **kwargs)

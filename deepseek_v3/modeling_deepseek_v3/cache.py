@@ -1,8 +1,9 @@
 """`LatentCache`: the normalised latent and the rotated shared key, and nothing else, a token and a layer.
 
-Special about it: storage grows by half of itself when it is full, so that a decode step writes its own token and
-copies no history; `keys` and `values`, the names that every transformers cache has, are views of what is valid.
-MTP modules have their layers after the main model's, made when they are first written to.
+Special about it: both lie side by side in one tensor, as absorbed attention and the decode kernels read them, and
+that tensor grows by half of itself when it is full, so that a decode step writes its own token and copies no history.
+`keys` and `values`, the names that every transformers cache has, are views of what is valid. MTP modules have their
+layers after the main model's, made when they are first written to.
 
 Letters: B batch, T new tokens, S cached tokens, C kv_lora_rank, R qk_rope_head_dim.
 """
@@ -24,26 +25,33 @@ class LatentLayer(CacheLayerMixin):
     is_sliding = False
 
     def __init__(self, **kwargs: Any) -> None:
-        self._storage: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._storage: torch.Tensor | None = None  # [B, 1, capacity, C + R]
+        self._rank = 0  # C
         self._length = 0
         self.is_initialized = False
 
+    def joint(self) -> torch.Tensor:
+        """[B, S, C + R]: latent and rotated key of every cached token, a view."""
+        assert self._storage is not None
+        return self._storage[:, 0, : self._length]
+
     @property
     def keys(self) -> torch.Tensor | None:  # type: ignore[override]
-        return None if self._storage is None else self._storage[0][:, :, : self._length]
+        return None if self._storage is None else self._storage[:, :, : self._length, : self._rank]
 
     @property
     def values(self) -> torch.Tensor | None:  # type: ignore[override]
-        return None if self._storage is None else self._storage[1][:, :, : self._length]
+        return None if self._storage is None else self._storage[:, :, : self._length, self._rank :]
 
     @property
     def batch_size(self) -> int:
-        return -1 if self._storage is None else self._storage[0].shape[0]
+        return -1 if self._storage is None else self._storage.shape[0]
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        self._storage = (key_states[:, :, :0], value_states[:, :, :0])
-        self._length = 0
+        self._rank, self._length = key_states.shape[-1], 0
+        width = self._rank + value_states.shape[-1]
+        self._storage = key_states.new_empty((key_states.shape[0], key_states.shape[1], 0, width))
         self.is_initialized = True
 
     def update(
@@ -57,32 +65,23 @@ class LatentLayer(CacheLayerMixin):
         if self._storage is None:
             self.lazy_initialization(key_states, value_states)
         assert self._storage is not None
-        if torch.is_grad_enabled() and (key_states.requires_grad or self._storage[0].requires_grad):
-            old = (self.keys, self.values)
-            self._storage = tuple(torch.cat(pair, dim=2) for pair in zip(old, (key_states, value_states), strict=True))  # type: ignore[assignment,arg-type]
-            self._length += key_states.shape[2]
+        start, end = self._length, self._length + key_states.shape[2]
+        if torch.is_grad_enabled() and (key_states.requires_grad or self._storage.requires_grad):
+            new = torch.cat((key_states, value_states), dim=-1)
+            self._storage = torch.cat((self._storage[:, :, :start], new), dim=2)
         else:
-            self._append(key_states, value_states)
+            if _frozen(self._storage) or end > self._storage.shape[2]:
+                self._grow(max(end + _ROOM, end + end // 2))
+            self._storage[:, :, start:end, : self._rank] = key_states
+            self._storage[:, :, start:end, self._rank :] = value_states
+        self._length = end
         return self.keys, self.values  # type: ignore[return-value]
 
-    def _append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        start, end = self._length, self._length + key_states.shape[2]
-        assert self._storage is not None
-        # What inference_mode made cannot be written to outside of it: move house once.
-        if _frozen(self._storage[0]) or end > self._storage[0].shape[2]:
-            self._grow(max(end + _ROOM, end + end // 2))
-        for storage, new in zip(self._storage, (key_states, value_states), strict=True):
-            storage[:, :, start:end] = new
-        self._length = end
-
     def _grow(self, capacity: int) -> None:
-        assert self._storage is not None
-        grown = []
-        for old in self._storage:
-            new = old.new_empty((old.shape[0], old.shape[1], capacity, old.shape[3]))
-            new[:, :, : self._length] = old[:, :, : self._length].detach()
-            grown.append(new)
-        self._storage = (grown[0], grown[1])
+        old = self._storage
+        assert old is not None
+        self._storage = old.new_empty((old.shape[0], old.shape[1], capacity, old.shape[3]))
+        self._storage[:, :, : self._length] = old[:, :, : self._length].detach()
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self._length + query_length, 0
@@ -115,15 +114,12 @@ class LatentLayer(CacheLayerMixin):
             self._move(self.device)
 
     def _move(self, device: torch.device) -> None:
-        if self._storage is not None and self._storage[0].device != device:
-            latent, rope = self._storage
-            self._storage = (latent.to(device, non_blocking=True), rope.to(device, non_blocking=True))
+        if self._storage is not None:
+            self._storage = self._storage.to(device, non_blocking=True)
 
     def _gather(self, indices: torch.Tensor) -> None:
         if self._storage is not None:
-            latent, rope = self._storage
-            indices = indices.to(latent.device)
-            self._storage = (latent.index_select(0, indices), rope.index_select(0, indices))
+            self._storage = self._storage.index_select(0, indices.to(self._storage.device))
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self._gather(beam_idx)
@@ -134,7 +130,7 @@ class LatentLayer(CacheLayerMixin):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self._storage is not None:
-            rows = torch.arange(self.batch_size, device=self._storage[0].device)
+            rows = torch.arange(self.batch_size, device=self._storage.device)
             self._gather(rows.repeat_interleave(repeats))
 
 
@@ -142,6 +138,22 @@ def _frozen(tensor: torch.Tensor) -> bool:
     if is_torchdynamo_compiling():
         return False
     return tensor.is_inference() and not torch.is_inference_mode_enabled()
+
+
+class StaticLatentLayer(StaticLayer):
+    """A layer of fixed length, its latents and rotated keys side by side in one tensor that never moves."""
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        rank, width = key_states.shape[-1], key_states.shape[-1] + value_states.shape[-1]
+        self._storage = key_states.new_zeros((*self.keys.shape[:3], width))  # type: ignore[union-attr]
+        if not is_torchdynamo_compiling():
+            torch._dynamo.mark_static_address(self._storage)
+        self.keys, self.values = self._storage[..., :rank], self._storage[..., rank:]
+
+    def joint(self) -> torch.Tensor:
+        """[B, max_cache_len, C + R]: latent and rotated key of every slot, a view."""
+        return self._storage[:, 0]
 
 
 class LatentCache(Cache):
@@ -161,7 +173,7 @@ class LatentCache(Cache):
             return
         if max_cache_len < 1:
             raise ValueError(f"max_cache_len = {max_cache_len}: a fixed cache holds at least 1 token")
-        layers: list[Any] = [StaticLayer(max_cache_len=max_cache_len) for _ in range(config.num_hidden_layers)]
+        layers: list[Any] = [StaticLatentLayer(max_cache_len=max_cache_len) for _ in range(config.num_hidden_layers)]
         super().__init__(layers=layers, offloading=offloading)
 
     def _tensors(self) -> list[torch.Tensor]:
@@ -175,6 +187,14 @@ class LatentCache(Cache):
     def bytes_per_token(self) -> int:
         """Bytes one token of one sequence takes over the layers that hold any; 0 while the cache is empty."""
         return sum(tensor.shape[-1] * tensor.element_size() for tensor in self._tensors())
+
+
+def joint_latents(cache: Cache | None, layer_idx: int, latents: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """[B, S, C + R] of a layer: a view where the cache keeps latents and keys together, else a copy."""
+    layer = cache.layers[layer_idx] if isinstance(cache, LatentCache) else None
+    if isinstance(layer, LatentLayer | StaticLatentLayer) and layer.keys is not None and not cache.offloading:  # type: ignore[union-attr]
+        return layer.joint()
+    return torch.cat(latents, dim=-1)[:, 0]
 
 
 def check_cache(cache: Cache, config: Any, batch_size: int) -> None:

@@ -25,8 +25,7 @@ def step(model, tokens, cache):
 def poison(cache):
     """NaN in every slot that holds no valid token."""
     for layer in cache.layers:
-        for storage in layer._storage:
-            storage[:, :, layer.get_seq_length() :] = float("nan")
+        layer._storage[:, :, layer.get_seq_length() :] = float("nan")
 
 
 def same(ours, theirs):

@@ -164,7 +164,9 @@ def test_base_and_classification_models_load_a_causal_lm_folder(tmp_path, tokens
     model = make_model(pad_token_id=2)
     model.save_pretrained(tmp_path)
     base = AutoModel.from_pretrained(tmp_path).eval()
-    classifier, info = DeepseekV3ForSequenceClassification.from_pretrained(tmp_path, num_labels=3, output_loading_info=True)
+    classifier, info = DeepseekV3ForSequenceClassification.from_pretrained(
+        tmp_path, num_labels=3, output_loading_info=True
+    )
     assert info["missing_keys"] == {"score.weight"}
     assert classifier.config.num_nextn_predict_layers == 0
     with torch.no_grad():
@@ -221,7 +223,9 @@ def test_a_corrupt_config_and_a_truncated_file_are_refused(tmp_path):
 
 
 def test_kimi_k2_folders_keep_their_model_type(tmp_path, tokens):
-    config = preset("kimi-k2", **{k: v for k, v in preset("tiny").to_dict().items() if k not in ("model_type", "dtype")})
+    config = preset(
+        "kimi-k2", **{k: v for k, v in preset("tiny").to_dict().items() if k not in ("model_type", "dtype")}
+    )
     model = DeepseekV3ForCausalLM(config).eval()
     model.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "kimi_k2"

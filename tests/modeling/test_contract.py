@@ -121,7 +121,9 @@ def test_the_mtp_loss_never_holds_its_logits(monkeypatch):
     head.register_forward_hook(lambda module, args, output: sizes.append(output.numel()))
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
-        loss = head_cross_entropy_sum(head, torch.randn(64, 8, requires_grad=True), torch.zeros(64, dtype=torch.long), 1000)
+        loss = head_cross_entropy_sum(
+            head, torch.randn(64, 8, requires_grad=True), torch.zeros(64, dtype=torch.long), 1000
+        )
     loss.backward()
     assert max(sizes) == 4000
     assert max(saved) < 64 * 1000

@@ -65,7 +65,9 @@ def test_a_conversation_goes_on_from_its_cache(model, tokens):
     first = model.generate(tokens[:, :10], max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
     turn = torch.cat([first.sequences, tokens[:, 10:15]], dim=1)
     kwargs = {"max_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(turn)}
-    assert torch.equal(model.generate(turn, past_key_values=first.past_key_values, **kwargs), model.generate(turn, **kwargs))
+    assert torch.equal(
+        model.generate(turn, past_key_values=first.past_key_values, **kwargs), model.generate(turn, **kwargs)
+    )
 
 
 def test_generation_from_embeddings_equals_that_from_tokens(model, tokens):
@@ -127,7 +129,10 @@ def test_compiles_into_one_graph(form, tokens):
             model(tokens, past_key_values=one)
         step = tokens[:, :1]
         torch.testing.assert_close(
-            compiled(step, past_key_values=cache).logits, model(step, past_key_values=plain).logits, rtol=1e-4, atol=1e-5
+            compiled(step, past_key_values=cache).logits,
+            model(step, past_key_values=plain).logits,
+            rtol=1e-4,
+            atol=1e-5,
         )
 
 
