@@ -29,7 +29,8 @@ def choose_form(config: Any, queries: int, keys: int, cached: bool) -> str:
     """
     if config.mla_form != "auto":
         return config.mla_form
-    if cached and queries * keys < config.absorbed_break_even * (keys - queries):
+    # The break-even may be infinite, and infinity times no cached token is no number.
+    if cached and keys > queries and queries * keys < config.absorbed_break_even * (keys - queries):
         return "absorbed"
     return "expanded"
 

@@ -8,13 +8,44 @@ layers after the main model's, made when they are first written to.
 Letters: B batch, T new tokens, S cached tokens, C kv_lora_rank, R qk_rope_head_dim.
 """
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin, StaticLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, StaticLayer
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
 _ROOM = 64  # tokens: the least that storage grows by
+
+
+class RowSlots(NamedTuple):
+    """Where the rows of a batch write, each at its own place.
+
+    slots: [B, T], int64, the slot of every new token.
+    end: [B], int64; from there on a row's slots hold nothing valid.
+    low: smallest `end` of any row.
+    extent: slots that attention is shown, at least the largest written one + 1.
+    """
+
+    slots: torch.Tensor
+    end: torch.Tensor
+    low: int
+    extent: int
+
+
+def _write_rows(storage: torch.Tensor, new: torch.Tensor, rows: RowSlots) -> None:
+    """Scatter `new` [B, T, C + R] into `storage` [B, 1, S, C + R] and clear what no row may see.
+
+    Attention multiplies a masked slot by a weight of zero, which a NaN would survive: rejected drafts and storage
+    that was never written are cleared where rows of different lengths show them.
+    """
+    batch = torch.arange(new.shape[0], device=new.device)[:, None]
+    storage[batch, 0, rows.slots] = new
+    if rows.extent > rows.low:
+        slots = torch.arange(rows.low, rows.extent, device=new.device)
+        dead = slots[None] >= rows.end[:, None]
+        storage[:, 0, rows.low : rows.extent].masked_fill_(dead[..., None], 0)
 
 
 class LatentLayer(CacheLayerMixin):
@@ -55,9 +86,14 @@ class LatentLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        *args: Any,
+        rows: RowSlots | None = None,
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append T tokens; return the views [B, 1, S + T, C] and [B, 1, S + T, R].
+        """Append T tokens, or write each row's where `rows` says; return views of [B, 1, S + T, C] and [.., R].
 
         Where a gradient is asked for, the result is a concatenation: writing in place would invalidate what an
         earlier forward saved for its backward.
@@ -65,23 +101,36 @@ class LatentLayer(CacheLayerMixin):
         if self._storage is None:
             self.lazy_initialization(key_states, value_states)
         assert self._storage is not None
+        if rows is not None:
+            self._reserve(rows.extent)
+            self._storage[:, :, self._length : rows.low] = 0  # nothing, if the layer saw every token
+            _write_rows(self._storage, torch.cat((key_states, value_states), dim=-1)[:, 0], rows)
+            self._length = rows.extent
+            return self.keys, self.values  # type: ignore[return-value]
         start, end = self._length, self._length + key_states.shape[2]
         if torch.is_grad_enabled() and (key_states.requires_grad or self._storage.requires_grad):
             new = torch.cat((key_states, value_states), dim=-1)
             self._storage = torch.cat((self._storage[:, :, :start], new), dim=2)
         else:
-            if _frozen(self._storage) or end > self._storage.shape[2]:
-                self._grow(max(end + _ROOM, end + end // 2))
+            self._reserve(end)
             self._storage[:, :, start:end, : self._rank] = key_states
             self._storage[:, :, start:end, self._rank :] = value_states
         self._length = end
         return self.keys, self.values  # type: ignore[return-value]
 
-    def _grow(self, capacity: int) -> None:
+    def _reserve(self, end: int) -> None:
+        """Make room for `end` tokens, half as much again where it has to grow."""
         old = self._storage
         assert old is not None
+        if end <= old.shape[2] and not _frozen(old):
+            return
+        capacity = max(end + _ROOM, end + end // 2)
         self._storage = old.new_empty((old.shape[0], old.shape[1], capacity, old.shape[3]))
         self._storage[:, :, : self._length] = old[:, :, : self._length].detach()
+
+    def settle(self, length: int) -> None:
+        """Say how many slots count from now on, after rows were written at their own places."""
+        self._length = min(self._length, length)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self._length + query_length, 0
@@ -151,13 +200,36 @@ class StaticLatentLayer(StaticLayer):
             torch._dynamo.mark_static_address(self._storage)
         self.keys, self.values = self._storage[..., :rank], self._storage[..., rank:]
 
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        *args: Any,
+        rows: RowSlots | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As of the base class, or each row's tokens where `rows` says."""
+        if rows is None:
+            return super().update(key_states, value_states, *args, **kwargs)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        _write_rows(self._storage, torch.cat((key_states, value_states), dim=-1)[:, 0], rows)
+        self.settle(rows.extent)
+        return self.keys, self.values  # type: ignore[return-value]
+
+    def settle(self, length: int) -> None:
+        """Say how many slots count from now on, after rows were written at their own places."""
+        self.cumulative_length.fill_(length)
+
     def joint(self) -> torch.Tensor:
         """[B, max_cache_len, C + R]: latent and rotated key of every slot, a view."""
         return self._storage[:, 0]
 
 
-class LatentCache(Cache):
+class LatentCache(DynamicCache):
     """Cache of latents for `generate` and `forward`; what `generate` makes when no cache is given.
+
+    A `DynamicCache` for whoever asks, with layers of its own.
 
     Args:
         config: the model's configuration, which tells `bytes_per_token`.
@@ -167,14 +239,46 @@ class LatentCache(Cache):
     """
 
     def __init__(self, config: Any, max_cache_len: int | None = None, offloading: bool = False) -> None:
-        self.config = config
+        self.config, self.max_cache_len = config, max_cache_len
+        self._rows: RowSlots | None = None
+        # The first token, in its own sequence's count, that the MTP modules' layers know of.
+        self.mtp_start = 0
         if max_cache_len is None:
-            super().__init__(layer_class_to_replicate=LatentLayer, offloading=offloading)
+            Cache.__init__(self, layer_class_to_replicate=LatentLayer, offloading=offloading)
             return
         if max_cache_len < 1:
             raise ValueError(f"max_cache_len = {max_cache_len}: a fixed cache holds at least 1 token")
         layers: list[Any] = [StaticLatentLayer(max_cache_len=max_cache_len) for _ in range(config.num_hidden_layers)]
-        super().__init__(layers=layers, offloading=offloading)
+        Cache.__init__(self, layers=layers, offloading=offloading)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write a layer's new latents [B, 1, T, C] and rotated keys [B, 1, T, R]; see `rows`."""
+        if self.max_cache_len is not None:
+            while len(self.layers) <= layer_idx:  # MTP modules
+                self.layers.append(StaticLatentLayer(max_cache_len=self.max_cache_len))
+        if self._rows is not None:
+            kwargs["rows"] = self._rows
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    @contextmanager
+    def rows(self, rows: RowSlots) -> Iterator[None]:
+        """Within this context every layer writes each row's tokens at that row's own slots, over what is there.
+
+        Rows of a batch grow apart this way without moving or copying any history. The forward needs a 4-D mask that
+        shows each row its own slots only.
+        """
+        self._rows = rows
+        try:
+            yield
+        finally:
+            self._rows = None
+
+    def settle(self, length: int) -> None:
+        """Say how many slots count from now on, in every layer."""
+        for layer in self.layers:
+            layer.settle(length)
 
     def _tensors(self) -> list[torch.Tensor]:
         layers = [layer for layer in self.layers if layer.is_initialized]

@@ -104,8 +104,10 @@ def _settle_mtp(model: Any, loading_info: Any) -> None:
     """Drop the MTP modules that the checkpoint does not hold, and pass over those that the model does not have."""
     config, base = model.config, model.base_model
     first = config.num_hidden_layers
-    expected = {name for name in model.state_dict() if _layer_of(name) >= first}
-    if expected and expected <= loading_info.missing_keys:
+    names = set(model.state_dict())
+    expected = {name for name in names if _layer_of(name) >= first}
+    # Where nothing at all was loaded there is no checkpoint, and every weight is meant to be a new one.
+    if expected and expected <= loading_info.missing_keys and not names <= loading_info.missing_keys:
         logger.warning(
             "The checkpoint holds no MTP weights although its config says num_nextn_predict_layers = "
             f"{config.num_nextn_predict_layers} (transformers' own class drops them on saving). The model has no MTP "

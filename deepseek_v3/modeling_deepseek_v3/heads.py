@@ -19,7 +19,7 @@ from .checkpoint import without_mtp
 from .losses import IGNORE_INDEX, check_labels, cross_entropy_sum, shifted
 from .meter import LossMeter
 from .model import DeepseekV3Model, DeepseekV3PreTrainedModel
-from .mtp import mtp_hidden_states, mtp_loss
+from .mtp import mtp_hidden_states, mtp_loss, run_depth
 from .outputs import DeepseekV3CausalLMOutput, DeepseekV3ModelOutput
 
 
@@ -50,6 +50,7 @@ class DeepseekV3ForCausalLM(DeepseekV3PreTrainedModel, LatentGenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         output_mtp_logits: bool = False,
+        output_mtp_state: bool = False,
         **kwargs: Any,
     ) -> DeepseekV3CausalLMOutput:
         """Predict, and learn where `labels` are given.
@@ -59,6 +60,7 @@ class DeepseekV3ForCausalLM(DeepseekV3PreTrainedModel, LatentGenerationMixin):
             labels: [B, T], label i standing for token i; -100 is not learnt.
             logits_to_keep: logits of the last so many tokens only (0 for all), or of these positions.
             output_mtp_logits: return `mtp_logits`, depth k of shape [B, T - k, V]; row i predicts token i + k + 1.
+            output_mtp_state: return `mtp_state`, which `draft` goes on from.
             kwargs: `output_hidden_states`, `output_attentions`, `output_router_logits`, `num_items_in_batch` (what
                 the losses' sums are divided by, from Trainer), `shift_labels` ([B, T], already moved by one).
 
@@ -98,7 +100,39 @@ class DeepseekV3ForCausalLM(DeepseekV3PreTrainedModel, LatentGenerationMixin):
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
             mtp_logits=tuple(self.lm_head(state) for state in states or ()) if output_mtp_logits else None,
+            mtp_state=self._mtp_input(outputs) if output_mtp_state else None,
         )
+
+    def draft(
+        self,
+        module: int,
+        previous: torch.Tensor,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor,
+        past_key_values: Cache | None = None,
+        mla_form: str | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run one MTP module on cached or fresh rows.
+
+        Args:
+            module: which one, from 0.
+            previous: [B, T, D], `mtp_state` or what the previous module gave as its second result.
+            inputs_embeds: [B, T, D], embeddings of the tokens that the rows look at.
+            attention_mask, position_ids, past_key_values, mla_form: as of the base model.
+
+        Returns:
+            What `lm_head` reads, [B, T, D], and what the next module (or this one again) takes as `previous`.
+        """
+        layer = self.model.mtp_layers[module]
+        kwargs = {"past_key_values": past_key_values, "mla_form": mla_form}
+        residual = run_depth(self.model, layer, previous, inputs_embeds, attention_mask, position_ids, **kwargs)
+        normed = layer.shared_head.norm(residual)
+        return normed, residual if self.config.mtp_hidden_state == "pre_norm" else normed
+
+    def _mtp_input(self, outputs: DeepseekV3ModelOutput) -> Any:
+        pre_norm = self.config.mtp_hidden_state == "pre_norm" and outputs.pre_norm_hidden_state is not None
+        return outputs.pre_norm_hidden_state if pre_norm else outputs.last_hidden_state
 
     def _runs_mtp(self, learns: bool, output_mtp_logits: bool) -> bool:
         if output_mtp_logits and not self.model.mtp_layers:
@@ -121,10 +155,7 @@ class DeepseekV3ForCausalLM(DeepseekV3PreTrainedModel, LatentGenerationMixin):
             if asked:
                 raise ValueError("output_mtp_logits needs the whole sequence in one forward; pass no filled cache")
             return None
-        state: Any = outputs.last_hidden_state
-        if self.config.mtp_hidden_state == "pre_norm":
-            state = outputs.pre_norm_hidden_state
-        return mtp_hidden_states(self.model, state, inputs_embeds, attention_mask, position_ids)
+        return mtp_hidden_states(self.model, self._mtp_input(outputs), inputs_embeds, attention_mask, position_ids)
 
     def _losses(
         self,
@@ -163,7 +194,8 @@ def _checked_labels(
     logits: torch.Tensor, labels: torch.Tensor | None, moved: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Labels [B, T] standing for their own token and the same moved by one, from whichever was given."""
-    given = labels if labels is not None else moved
+    # Labels that come moved replace the others, as in transformers: a shard of a sequence cannot move its own.
+    given = labels if moved is None else moved
     assert given is not None
     if given.shape != logits.shape[:2]:
         raise ValueError(
@@ -173,7 +205,7 @@ def _checked_labels(
     if not is_torchdynamo_compiling():
         check_labels(given, logits.shape[-1])
     given = given.to(logits.device)
-    if labels is not None:
+    if moved is None:
         return given, shifted(given, 1)
     return torch.nn.functional.pad(given, (1, 0), value=IGNORE_INDEX)[:, :-1], given
 

@@ -114,6 +114,7 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         router_statistics: bool = False,
+        mla_form: str | None = None,
         **kwargs: Any,
     ) -> DeepseekV3ModelOutput:
         """Run the main layers.
@@ -125,6 +126,7 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel):
             past_key_values: any transformers cache; a `LatentCache` is made where `use_cache` and none is given.
             use_cache: return a cache.
             router_statistics: return the balance loss; in training it and the experts' load are always computed.
+            mla_form: "expanded" or "absorbed" for this forward; None leaves it to `config.mla_form`.
 
         Raises:
             ValueError: both or none of the inputs, an empty input, token ids outside of the vocabulary, position_ids
@@ -139,7 +141,7 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel):
             check_cache(past_key_values, self.config, batch)
             seen = past_key_values.get_seq_length()
         positions = self._positions(position_ids, batch, length, seen, embeds.device)
-        form, mask = self.mask(embeds, attention_mask, positions, past_key_values)
+        form, mask = self.mask(embeds, attention_mask, positions, past_key_values, form=mla_form)
         hidden_states, balance_loss = self.run_layers(
             embeds,
             wanted=router_statistics or self.training,
@@ -185,13 +187,14 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel):
         position_ids: torch.Tensor,
         past_key_values: Cache | None,
         layer_idx: int = 0,
+        form: str | None = None,
     ) -> tuple[str, Any]:
         """The form of attention for this forward, and the mask that the form takes."""
         length = inputs_embeds.shape[1]
         keys = length
         if past_key_values is not None:
             keys = past_key_values.get_mask_sizes(length, layer_idx)[0]
-        form = choose_form(self.config, length, keys, past_key_values is not None)
+        form = form or choose_form(self.config, length, keys, past_key_values is not None)
         config: Any = self.config
         if form == "absorbed":
             # Whatever the back end, the absorbed form takes the boolean mask that SDPA takes.

@@ -119,11 +119,13 @@ class DeepseekV3Experts(nn.Module):
         Returns:
             [n, D], weighted and summed over the K experts. No token is dropped.
         """
-        top_k = top_k_index.shape[1]
-        order = top_k_index.reshape(-1).argsort(stable=True)  # token-expert pairs, sorted by expert
-        counts = torch.bincount(top_k_index.reshape(-1), minlength=self.num_experts).tolist()
-        pieces = hidden_states[order // top_k].split(counts)
+        top_k, pairs = top_k_index.shape[1], top_k_index.reshape(-1)
+        order = pairs.argsort(stable=True)  # token-expert pairs, sorted by expert
+        # Under expert parallelism the pairs of other ranks' experts have index E: they come last and give zeros.
+        *counts, foreign = torch.bincount(pairs, minlength=self.num_experts + 1).tolist()
+        pieces = hidden_states[order[: len(order) - foreign] // top_k].split(counts)
         results = [self._expert(expert, rows) for expert, rows in enumerate(pieces) if len(rows)]
+        results.append(hidden_states.new_zeros(foreign, self.hidden_dim))
         weighted = torch.cat(results) * top_k_weights.reshape(-1)[order, None]
         inverse = torch.empty_like(order)
         inverse[order] = torch.arange(len(order), device=order.device)

@@ -43,7 +43,7 @@ def mtp_hidden_states(
         rows = length - depth
         if rows < 1:
             break
-        residual = _run_depth(
+        residual = run_depth(
             model,
             layer,
             hidden_states[:, :rows],
@@ -58,7 +58,7 @@ def mtp_hidden_states(
     return states
 
 
-def _run_depth(
+def run_depth(
     model: DeepseekV3Model,
     layer: DeepseekV3MTPLayer,
     previous: torch.Tensor,
@@ -67,7 +67,11 @@ def _run_depth(
     position_ids: torch.Tensor,
     **kwargs: Any,
 ) -> torch.Tensor:
-    form, mask = model.mask(previous, attention_mask, position_ids, None)
+    """One MTP module over [B, T, D] states and embeddings: the residual stream before `shared_head.norm`."""
+    past_key_values, layer_idx = kwargs.get("past_key_values"), layer.self_attn.layer_idx
+    form, mask = model.mask(
+        previous, attention_mask, position_ids, past_key_values, layer_idx=layer_idx, form=kwargs.pop("mla_form", None)
+    )
     output = layer(
         previous,
         inputs_embeds,

@@ -26,6 +26,7 @@ class DeepseekV3CausalLMOutput(MoeCausalLMOutputWithPast):
     mtp_loss: 0-d, mean over the MTP depths, before its weight.
     balance_loss: 0-d, with its factor; also under transformers' name `aux_loss`.
     mtp_logits: D tensors, depth k of shape [B, T - k, V].
+    mtp_state: [B, T, D], the state that enters the first MTP module; where asked for.
     `loss` = main_loss + mtp_loss_weight * mtp_loss + balance_loss.
     """
 
@@ -33,3 +34,4 @@ class DeepseekV3CausalLMOutput(MoeCausalLMOutputWithPast):
     mtp_loss: torch.Tensor | None = None
     balance_loss: torch.Tensor | None = None
     mtp_logits: tuple[torch.Tensor, ...] | None = None
+    mtp_state: torch.Tensor | None = None

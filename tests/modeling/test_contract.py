@@ -170,3 +170,24 @@ def test_initialisation_is_in_one_place_and_complete():
     for name, parameter in fresh.named_parameters():
         if parameter.dim() >= 2:
             assert parameter.std().item() == pytest.approx(0.006, rel=0.15), name
+
+
+def test_labels_that_come_moved_replace_the_others(model, tokens):
+    moved = torch.nn.functional.pad(tokens[:, 1:], (0, 1), value=-100)
+    with torch.no_grad():
+        expected = model(tokens, labels=tokens)
+        for labels in (None, torch.zeros_like(tokens)):
+            output = model(tokens, labels=labels, shift_labels=moved)
+            torch.testing.assert_close(output.main_loss, expected.main_loss)
+            torch.testing.assert_close(output.mtp_loss, expected.mtp_loss)
+
+
+def test_pairs_of_other_ranks_experts_give_nothing(model):
+    experts = model.model.layers[1].mlp.experts
+    x, weights = torch.randn(5, 64), torch.rand(5, 2)
+    index = torch.tensor([[0, 8], [8, 8], [3, 1], [8, 7], [2, 8]])
+    model.set_experts_implementation("eager")
+    kept = (index < 8).float()
+    expected = experts(x, index.clamp(max=7), weights * kept)
+    torch.testing.assert_close(experts(x, index, weights), expected)
+    assert (experts(x, torch.full((5, 2), 8), weights) == 0).all()
