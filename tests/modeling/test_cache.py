@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from conftest import make_model, native_twin
 from transformers import DynamicCache, QuantizedCache, StaticCache
 
 from deepseek_v3 import LatentCache
 from deepseek_v3.configuration import account
+from twins import make_model, native_twin
 
 
 def filled(model, tokens):

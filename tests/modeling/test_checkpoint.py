@@ -5,13 +5,13 @@ import logging
 
 import pytest
 import torch
-from conftest import make_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3ForCausalLM as NativeForCausalLM
 
 from deepseek_v3 import DeepseekV3ForCausalLM, DeepseekV3ForSequenceClassification
 from deepseek_v3.configuration import official_tensors, preset
+from twins import make_model
 
 
 def stored(folder):

@@ -4,7 +4,6 @@ import logging
 
 import pytest
 import torch
-from conftest import make_model, spread_weights
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
@@ -12,6 +11,7 @@ from deepseek_v3 import DeepseekV3ForSequenceClassification, DeepseekV3ForTokenC
 from deepseek_v3.configuration import preset
 from deepseek_v3.modeling_deepseek_v3.attention import choose_form, effective_weight
 from deepseek_v3.modeling_deepseek_v3.losses import cross_entropy_sum, head_cross_entropy_sum
+from twins import make_model, spread_weights
 
 
 def test_the_cheaper_form_is_chosen_and_can_be_forced():

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from conftest import YARN, make_model, native_twin
 from transformers import DynamicCache, StaticCache, pipeline
 
 from deepseek_v3 import DeepseekV3ForSequenceClassification, LatentCache
 from deepseek_v3.configuration import preset
 from deepseek_v3.training.data import train_tokenizer
+from twins import YARN, make_model, native_twin
 
 STRATEGIES = {
     "greedy": {"do_sample": False},

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from conftest import make_model
 from torch import nn
 
 from deepseek_v3 import DeepseekV3ForCausalLM
 from deepseek_v3.configuration import preset
 from deepseek_v3.modeling_deepseek_v3.moe import DeepseekV3MoE, DeepseekV3TopkRouter, sequence_balance_loss
+from twins import make_model
 
 
 def make_router(**overrides):

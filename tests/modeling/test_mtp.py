@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from conftest import make_model, native_twin
 from torch import nn
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3DecoderLayer as NativeLayer
 
 from deepseek_v3.modeling_deepseek_v3.mtp import depth_labels
+from twins import make_model, native_twin
 
 
 def rms(x, weight, eps=1e-6):

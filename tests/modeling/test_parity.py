@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from conftest import YARN, make_model, native_twin
 from transformers import DynamicCache
 
 from deepseek_v3 import LatentCache
+from twins import YARN, make_model, native_twin
 
 TOLERANCE = 1e-5
 

@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.multiprocessing as mp
-from conftest import make_model
 
 from deepseek_v3 import RouterBalanceCallback
 from deepseek_v3.training import update_router_bias
 from deepseek_v3.training.balance import routers_of
+from twins import make_model
 
 
 def test_bias_moves_by_gamma_towards_the_mean():

@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from conftest import make_model
 from torch import nn
 
 from deepseek_v3.training.data import pack, read_texts, split_texts, text_files, train_tokenizer
@@ -16,6 +15,7 @@ from deepseek_v3.training.evaluation import (
     mtp_acceptance,
     xz_bits_per_byte,
 )
+from twins import make_model
 
 TEXT = "def add(a, b):\n    return a + b  # 日本語 ünï\n" * 30
 

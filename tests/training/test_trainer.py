@@ -4,12 +4,12 @@ import shutil
 
 import pytest
 import torch
-from conftest import make_model
 from datasets import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from deepseek_v3 import DeepseekV3ForCausalLM, RouterBalanceCallback
 from deepseek_v3.configuration import preset
+from twins import make_model
 
 
 @pytest.fixture(scope="module")
