@@ -19,6 +19,7 @@ _RAW = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 _OPEN_FILES = 32
 # Asked for ahead of each mapped band: faults alone make the disk wait for the processor and the reverse.
 _PREFETCH_BYTES = 16 << 20
+_BAND_BYTES = 1 << 19
 
 
 class Tile(NamedTuple):
@@ -129,7 +130,9 @@ class Source:
         return self._open[file]
 
     def _read_ahead(self, file: str, fd: int, begin: int, end: int) -> None:
-        """Have the system read on beyond a band, once for each stretch of the file."""
+        """Have the system read on beyond a band, once for each stretch of the file; not beyond a small tensor."""
+        if end - begin < _BAND_BYTES:
+            return
         asked = self._asked.get(file, 0)
         if not begin <= asked <= end + _PREFETCH_BYTES:
             asked = begin

@@ -94,19 +94,16 @@ def write_json(path: Path, value: Any) -> None:
 
 def copy_range(source: int, target: int, begin: int, offset: int, nbytes: int, stop: Callable[[], bool]) -> None:
     """Copy bytes between descriptors inside the kernel where it can, else through a buffer of at most 64 MiB."""
-    kernel_copies = True
     while nbytes:
         if stop():
             raise Stopped
         size = min(nbytes, _COPY_BYTES)
-        copied = 0
-        if kernel_copies:
-            try:
-                copied = os.copy_file_range(source, target, size, begin, offset)
-            except OSError as error:
-                if error.errno not in _NO_KERNEL_COPY:
-                    raise
-            kernel_copies = copied > 0
+        try:
+            copied = os.copy_file_range(source, target, size, begin, offset)
+        except OSError as error:
+            if error.errno not in _NO_KERNEL_COPY:
+                raise
+            copied = 0
         if not copied:
             data = os.pread(source, size, begin)
             if not data:

@@ -9,6 +9,8 @@ import torch
 from checkpoint_files import CONFIG, read_all, snapshot
 
 from deepseek_v3.conversion import CheckpointError, compare, convert, write_checkpoint
+from deepseek_v3.conversion.header import ITEM_BYTES, read_header
+from deepseek_v3.conversion.steps import Entry, Item, lay_out
 
 SCALE = "_scale_inv"
 EXPERTS, RANKS = CONFIG["n_routed_experts"], 2
@@ -83,6 +85,16 @@ def sharded(tensors, ranks):
 
 def config_of(folder):
     return json.loads((Path(folder) / "config.json").read_text())
+
+
+def test_every_tensor_is_aligned_to_its_elements(tmp_path):
+    """Odd shapes, narrow types first in the model's order."""
+    shapes = {"a": ("F8_E4M3", (3, 5)), "b": ("BF16", (3,)), "c": ("F32", (1, 1)), "d": ("F8_E4M3", (1, 1))}
+    entries = [Entry(name, *form) for name, form in shapes.items()]
+    job = lay_out("x.safetensors", [Item((entry,), ()) for entry in entries])
+    (tmp_path / job.file).write_bytes(job.header + bytes(job.nbytes - len(job.header)))
+    for info in read_header(tmp_path / job.file).tensors.values():
+        assert info.offset % ITEM_BYTES[info.dtype] == 0
 
 
 @pytest.mark.parametrize("name", ["fp8", "ue8m0"])

@@ -274,6 +274,15 @@ def test_memory_is_a_band_not_a_file_or_a_stack(tmp_path, source, to):
     assert after - before < 40 * 2**20, (after - before) / 2**20
 
 
+def test_a_file_that_fails_leaves_no_trace(tmp_path):
+    (tmp_path / "x").write_text("old")
+    with pytest.raises(KeyboardInterrupt), writer.atomic_file(tmp_path / "x") as fd:
+        writer.write_all(fd, b"new", 0)
+        assert len(os.listdir(tmp_path)) == 2
+        raise KeyboardInterrupt
+    assert snapshot(tmp_path) == {"x": b"old"}
+
+
 def test_copy_goes_on_where_the_kernel_cannot(made, tmp_path, monkeypatch):
     def refuse(*args):
         raise OSError(errno.EXDEV, "cross-device")
