@@ -76,7 +76,27 @@ def test_killed_at_any_point_the_same_command_finishes(made, tmp_path, function,
 
 
 def test_workers_leave_with_their_parent(tmp_path):
-    """SIGKILL to the command itself: no worker goes on writing, and the same command finishes."""
+    """SIGKILL to the parent of workers that have much left to write."""
+    script = (
+        "import sys, killed_conversions\n"
+        "from deepseek_v3.conversion.execution import run_all\n"
+        "list(run_all(killed_conversions.tick, [(name,) for name in sys.argv[1:]], workers=2, needs_codec=False))"
+    )
+    files = [tmp_path / "a", tmp_path / "b"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    process = subprocess.Popen([sys.executable, "-c", script, *files], env=environment)
+    while not all(path.exists() for path in files):
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    time.sleep(0.5)
+    later = snapshot(tmp_path)
+    time.sleep(0.5)
+    assert snapshot(tmp_path) == later
+
+
+def test_a_killed_command_with_workers_is_finished_by_the_next(tmp_path):
     write_checkpoint(CONFIG, tmp_path / "fp8", shards=24)
     convert(tmp_path / "fp8", tmp_path / "whole", "bf16", workers=0)
     out, script = tmp_path / "out", tmp_path / "script.py"
@@ -94,10 +114,6 @@ def test_workers_leave_with_their_parent(tmp_path):
     process.wait()
     done = len(list(out.glob("*.safetensors")))
     assert JOURNAL in os.listdir(out)
-    time.sleep(0.5)
-    later = snapshot(out)
-    time.sleep(0.5)
-    assert snapshot(out) == later
     report = convert(tmp_path / "fp8", out, "bf16", workers=0)
     assert done <= report.resumed < 24 and snapshot(out) == snapshot(tmp_path / "whole")
 

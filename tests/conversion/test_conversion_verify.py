@@ -89,8 +89,17 @@ def test_nan_differs_from_everything(made, copy):
     folder = copy("bf16")
     change(folder, "model.norm.weight", lambda t: torch.full_like(t, float("nan")))
     result = compare(made / "bf16", folder, workers=0)
-    assert list(result.problems) == ["model.norm.weight"]
+    assert list(result.problems) == ["model.norm.weight"] and result.parts["norms"]["error"] == float("inf")
     json.loads(json.dumps(result.as_dict(), allow_nan=False))
+
+
+def test_the_same_codes_under_other_scales_differ(made, copy):
+    folder = copy("fp8")
+    change(folder, f"{DENSE}_scale_inv", lambda s: add_to(s, 0, 0, s[0, 0]))
+    result = compare(made / "fp8", folder, workers=0)
+    assert list(result.problems) == [DENSE]
+    block = read_all(made / "bf16")[DENSE][:128, :128].float()
+    assert result.parts["dense_mlp"]["error"] == block.abs().max()
 
 
 def test_names_shapes_and_dtypes(made, copy):
