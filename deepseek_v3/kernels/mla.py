@@ -17,7 +17,12 @@ QUERY_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 def reasons(device: torch.device) -> dispatch.Reasons:
     """Back ends of the MLA decode on ``device``, best first."""
-    return {"triton": dispatch.triton_reason(device), "torch": None}
+    flash_mla = None if dispatch.installed("flash_mla") else "flash_mla is not installed"
+    return {
+        "flash_mla": flash_mla or dispatch.cuda_reason(device, (9, 0)),
+        "triton": dispatch.triton_reason(device),
+        "torch": None,
+    }
 
 
 dispatch.OPERATIONS[OPERATION] = reasons
@@ -35,6 +40,48 @@ def _shape_reason(q_latent: torch.Tensor, rope: torch.Tensor, latent: torch.Tens
     return None
 
 
+def _flash_mla_reason(q_latent, q_rope, latent, rope, starts, latent_scale, sliding_window) -> str | None:
+    """Why these inputs are none for FlashMLA: it reads whole pages of 64 tokens with latent and key side by side."""
+    batch, slots, rank = latent.shape
+    width = rank + rope.shape[2]
+    if (
+        (rank, width) != (512, 576)
+        or latent_scale is not None
+        or q_latent.dtype not in (torch.bfloat16, torch.float16)
+    ):
+        return "takes a 16-bit cache of 512 + 64 numbers a token"
+    if starts is not None or sliding_window is not None:
+        return "has neither left padding nor a sliding window"
+    side_by_side = rope.data_ptr() == latent.data_ptr() + rank * latent.element_size()
+    if (
+        not side_by_side
+        or slots % 64
+        or latent.stride() != rope.stride()
+        or latent.stride() != (slots * width, width, 1)
+    ):
+        return "needs latent and rope side by side in one dense buffer of whole pages of 64 tokens"
+    return None
+
+
+def _flash_mla(q_latent, q_rope, latent, scale, lengths):
+    """FlashMLA over the cache as it lies, taken for pages in order."""
+    import flash_mla
+
+    batch, queries, heads, rank = q_latent.shape
+    slots, width = latent.shape[1], rank + q_rope.shape[3]
+    pages = latent.as_strided((batch * slots // 64, 64, 1, width), (64 * width, width, width, 1))
+    table = torch.arange(pages.shape[0], dtype=torch.int32, device=latent.device).view(batch, -1)
+    if lengths is None:
+        lengths = torch.full((batch,), slots, dtype=torch.int32, device=latent.device)
+    lengths = lengths.int()
+    schedule, splits = flash_mla.get_mla_metadata(lengths, queries * heads, 1)
+    out, lse = flash_mla.flash_mla_with_kvcache(
+        torch.cat((q_latent, q_rope), dim=-1), pages, table, lengths, rank, schedule, splits,
+        softmax_scale=scale, causal=True,
+    )  # fmt: skip
+    return out, lse.transpose(1, 2).contiguous()
+
+
 def _fake(q_latent, q_rope, latent, rope, scale, lengths, starts, latent_scale, sliding_window, backend):
     return q_latent.new_empty(q_latent.shape), q_latent.new_empty(q_latent.shape[:3], dtype=torch.float32)
 
@@ -47,7 +94,13 @@ def _fake(q_latent, q_rope, latent, rope, scale, lengths, starts, latent_scale, 
 def _run(q_latent, q_rope, latent, rope, scale, lengths, starts, latent_scale, sliding_window, backend):
     table = reasons(q_latent.device)
     table["triton"] = table["triton"] or _shape_reason(q_latent, rope, latent)
-    if dispatch.choose(OPERATION, table, backend, q_latent.device) == "torch":
+    table["flash_mla"] = table["flash_mla"] or _flash_mla_reason(
+        q_latent, q_rope, latent, rope, starts, latent_scale, sliding_window
+    )
+    chosen = dispatch.choose(OPERATION, table, backend, q_latent.device)
+    if chosen == "flash_mla":
+        return _flash_mla(q_latent, q_rope, latent, scale, lengths)
+    if chosen == "torch":
         out, lse = reference.mla_decode(
             q_latent, q_rope, latent, rope, scale, lengths, starts, latent_scale, sliding_window
         )
@@ -110,7 +163,7 @@ def mla_decode(
         starts: int32 [B], first slot in use of each row (left padding); None for 0.
         latent_scale: float32 [B, S, C / 128], for an FP8 latent alone.
         sliding_window: a query reads at most this many slots, itself included; None for all.
-        backend: "auto", "triton" or "torch".
+        backend: "auto", "flash_mla" (where installed, on Hopper), "triton" or "torch".
 
     Query t of row b reads the slots from ``starts[b]`` up to, not including, ``lengths[b] - (T - 1 - t)``. What lies
     in other slots does not matter, NaN included. Strided views are read in place. Where a gradient is wanted the

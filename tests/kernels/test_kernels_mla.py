@@ -1,12 +1,14 @@
 """Absorbed MLA decode against a float64 softmax over an explicit list of slots."""
 
 import math
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from deepseek_v3 import kernels
-from deepseek_v3.kernels import mla_decode, quantize_activation
+from deepseek_v3.kernels import dispatch, mla_decode, quantize_activation
 
 
 def truth(q_latent, q_rope, latent, rope, scale, lengths, starts, window):
@@ -43,7 +45,7 @@ def tolerance(dtype):
     return {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[dtype]
 
 
-def compare(got, expected, dtype):
+def compare(got, expected, dtype, lse_error=2e-3):
     out, lse = (x.cpu().double() for x in got)
     true_out, true_lse = expected
     assert (lse.isneginf() == true_lse.isneginf()).all()
@@ -51,7 +53,7 @@ def compare(got, expected, dtype):
     assert (out[~seen] == 0).all()
     size = true_out[seen].abs().max() if seen.any() else 1.0
     assert (out - true_out)[seen].abs().max() <= tolerance(dtype) * size if seen.any() else True
-    assert torch.allclose(lse[seen], true_lse[seen], atol=1e-5 if dtype == torch.float32 else 2e-3, rtol=1e-5)
+    assert torch.allclose(lse[seen], true_lse[seen], atol=1e-5 if dtype == torch.float32 else lse_error, rtol=1e-5)
 
 
 CASES = {
@@ -147,6 +149,26 @@ CASES = {
         "starts": [0, 0],
         "window": 100,
     },
+    "true size, many rows": {
+        "batch": 2,
+        "queries": 2,
+        "heads": 40,
+        "slots": 201,
+        "rank": 512,
+        "pe": 64,
+        "lengths": [201, 65],
+        "starts": [3, 0],
+    },
+    "true size, few rows": {
+        "batch": 2,
+        "queries": 1,
+        "heads": 16,
+        "slots": 201,
+        "rank": 512,
+        "pe": 64,
+        "lengths": [201, 65],
+        "starts": [3, 0],
+    },
 }
 
 
@@ -226,7 +248,8 @@ def test_fp8_latents(target, heads, rank):
     )  # fmt: skip
     values = codes.double() * latent_scale.double().repeat_interleave(128, -1)
     inputs = (x.cpu() for x in (q_latent, q_rope, values, rope))
-    compare(got, truth(*inputs, 0.1, case["lengths"], case["starts"], None), target.dtype)
+    # Many rows take the latents rounded to the queries' dtype: 3e-3 was measured in bfloat16.
+    compare(got, truth(*inputs, 0.1, case["lengths"], case["starts"], None), target.dtype, lse_error=1e-2)
 
 
 def test_compiles_to_one_node(target):
@@ -259,6 +282,72 @@ def test_compiles_to_one_node(target):
         (*inputs, 0.3, None, None, None, None, target.backend),
         test_utils=("test_schema", "test_faketensor"),
     )
+
+
+def test_flash_mla_gets_the_cache_as_pages(monkeypatch):
+    """FlashMLA is not installed here: a stand-in reads the pages as its interface says, in float64."""
+    shapes = []
+
+    def with_kvcache(q, pages, table, lengths, rank, schedule, splits, softmax_scale, causal):
+        assert (
+            causal and pages.shape[1:] == (64, 1, 576) and schedule == (lengths.tolist(), q.shape[1] * q.shape[2], 1)
+        )
+        shapes.append(pages.shape)
+        cache = pages[table.long()].flatten(1, 2)[:, :, 0]
+        starts = [0] * len(lengths)
+        parts = (q[..., :rank], q[..., rank:], cache[..., :rank], cache[..., rank:])
+        out, lse = truth(*parts, softmax_scale, lengths.tolist(), starts, None)
+        return out.to(q.dtype), lse.float().transpose(1, 2)
+
+    library = SimpleNamespace(
+        get_mla_metadata=lambda lengths, rows, heads: ((lengths.tolist(), rows, heads), None),
+        flash_mla_with_kvcache=with_kvcache,
+    )
+    monkeypatch.setitem(sys.modules, "flash_mla", library)
+    monkeypatch.setattr(dispatch, "installed", lambda name: True)
+    monkeypatch.setattr(dispatch, "cuda_reason", lambda device, least: None)
+    q, cache = torch.randn(2, 2, 4, 576).bfloat16(), torch.randn(2, 128, 576).bfloat16()
+    parts, lengths = (q[..., :512], q[..., 512:], cache[..., :512], cache[..., 512:]), torch.tensor([128, 70])
+    got = mla_decode(*parts, scale=0.05, lengths=lengths)
+    assert shapes == [(4, 64, 1, 576)]
+    compare(got, truth(*parts, 0.05, [128, 70], [0, 0], None), torch.bfloat16)
+    with pytest.raises(RuntimeError, match="left padding"):
+        mla_decode(*parts, scale=0.05, starts=torch.tensor([0, 1]), backend="flash_mla")
+    with pytest.raises(RuntimeError, match="side by side"):
+        mla_decode(*parts[:3], parts[3].clone(), scale=0.05, backend="flash_mla")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", [16, 128])
+def test_captured_in_a_graph_and_lengths_stay_on_the_device(heads):
+    q, cache = torch.randn(2, 1, heads, 576).bfloat16().cuda(), torch.randn(2, 20000, 576).bfloat16().cuda()
+    lengths = torch.tensor([20000, 5], dtype=torch.int32, device="cuda")
+
+    def call():
+        parts = (q[..., :512], q[..., 512:], cache[..., :512], cache[..., 512:])
+        return mla_decode(*parts, scale=0.05, lengths=lengths, backend="triton")[0]
+
+    call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call()
+    lengths.copy_(torch.tensor([131, 19999]))
+    graph.replay()
+    assert torch.equal(out, call())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", [16, 128])
+def test_a_cache_of_more_than_two_to_the_31_elements(heads):
+    cache = torch.zeros(5, 1 << 20, 576, dtype=torch.bfloat16, device="cuda")
+    cache[4, -300:] = torch.randn(300, 576).bfloat16().cuda()
+    q = torch.randn(5, 1, heads, 576).bfloat16().cuda()
+    starts = torch.full((5,), (1 << 20) - 300, dtype=torch.int32, device="cuda")
+    parts = (q[..., :512], q[..., 512:], cache[..., :512], cache[..., 512:])
+    out, lse = mla_decode(*parts, scale=0.05, starts=starts, backend="triton")
+    small = (q[4:, ..., :512], q[4:, ..., 512:], cache[4:, -300:, :512], cache[4:, -300:, 512:])
+    compare((out[4:], lse[4:]), truth(*(x.cpu() for x in small), 0.05, [300], [0], None), torch.bfloat16)
+    assert not out[:4].any()
 
 
 def test_gradients_flow_through_the_reference():

@@ -11,12 +11,17 @@ from .mla import mla_combine, mla_split
 from .mla_fp8 import mla_split_fp8, widen_latents
 
 NO_WINDOW = 1 << 30
+# Query rows times cached slots up to which the two halves are the faster ones: 128 heads over 16,384 slots.
+LITTLE = 128 << 14
 LOG2_E = 1.4426950408889634
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """rows, slots: tile of queries and of cached tokens; halves: output parts; stages, warps: Triton's."""
+    """rows, slots: tile of queries and of cached tokens; halves: output parts; stages, warps: Triton's.
+
+    tma: the cache is read by the copy engine; gluon: the kernel written for Hopper by hand.
+    """
 
     rows: int
     slots: int
@@ -24,6 +29,7 @@ class Tiling:
     stages: int
     warps: int
     tma: bool
+    gluon: bool = False
 
 
 # Few rows are bound by memory: a 16-row tile and deep asynchronous copies. Many rows are bound by arithmetic: 64-row
@@ -31,6 +37,7 @@ class Tiling:
 FEW_ROWS = Tiling(rows=16, slots=64, halves=1, stages=3, warps=4, tma=False)
 SOME_ROWS = Tiling(rows=32, slots=64, halves=1, stages=3, warps=4, tma=False)
 MANY_ROWS = Tiling(rows=64, slots=64, halves=2, stages=2, warps=4, tma=True)
+MANY_ROWS_BY_HAND = Tiling(rows=64, slots=64, halves=1, stages=2, warps=8, tma=True, gluon=True)
 MANY_ROWS_POINTERS = Tiling(rows=64, slots=64, halves=2, stages=2, warps=4, tma=False)
 # FP8 tiles pass through registers: eight warps have room for this one and the next.
 FEW_ROWS_FP8 = Tiling(rows=16, slots=64, halves=1, stages=1, warps=8, tma=False)
@@ -38,8 +45,11 @@ FEW_ROWS_FP8 = Tiling(rows=16, slots=64, halves=1, stages=1, warps=8, tma=False)
 SMALL_CARD = Tiling(rows=16, slots=32, halves=1, stages=2, warps=4, tma=False)
 
 
-def tiling_for(rows: int, rank: int, fp8: bool, hopper: bool, aligned: bool) -> Tiling:
-    """The tiling for ``rows`` queries a batch row and latents of ``rank``; ``aligned``: TMA can read the cache."""
+def tiling_for(rows: int, rank: int, fp8: bool, hopper: bool, aligned: bool, by_hand: bool) -> Tiling:
+    """The tiling for ``rows`` queries a batch row and latents of ``rank``; ``aligned``: TMA can read the cache.
+
+    by_hand: the card and the sizes suit the hand-written kernel.
+    """
     if not hopper:
         return SMALL_CARD
     if fp8:
@@ -49,7 +59,9 @@ def tiling_for(rows: int, rank: int, fp8: bool, hopper: bool, aligned: bool) -> 
     # Halves narrower than 128 make too small a product.
     if rows <= 32 or rank < 256:
         return SOME_ROWS
-    return MANY_ROWS if aligned else MANY_ROWS_POINTERS
+    if not aligned:
+        return MANY_ROWS_POINTERS
+    return MANY_ROWS_BY_HAND if by_hand else MANY_ROWS
 
 
 def tma_ready(tensor: torch.Tensor) -> bool:
@@ -93,8 +105,12 @@ def mla_decode(q_latent, q_rope, latent, rope, scale, lengths, starts, latent_sc
         latent, rope = widen(latent, latent_scale, q_latent.dtype, lengths, starts), rope.to(q_latent.dtype)
         latent_scale = None
     if tiling is None:
-        hopper = not on_gpu or capability(device.index) >= (9, 0)
-        tiling = tiling_for(rows, rank, latent_scale is not None, hopper, tma_ready(latent) and tma_ready(rope))
+        card = capability(device.index) if on_gpu else (9, 0)
+        by_hand = on_gpu and card == (9, 0) and rank in (256, 512) and rope.shape[2] == 64
+        # Where there is little to do, halves make more programs, which matters more than doing nothing twice.
+        by_hand = by_hand and batch * rows * slots > LITTLE
+        aligned = tma_ready(latent) and tma_ready(rope)
+        tiling = tiling_for(rows, rank, latent_scale is not None, card >= (9, 0), aligned, by_hand)
     tiles = triton.cdiv(rows, tiling.rows) * tiling.halves
     splits = splits_for(tiles * batch, slots, tiling, processors(device.index) if on_gpu else 4)
     out = torch.empty(q_latent.shape, dtype=q_latent.dtype, device=device)
@@ -113,6 +129,14 @@ def mla_decode(q_latent, q_rope, latent, rope, scale, lengths, starts, latent_sc
         mla_split_fp8[(tiles, splits, batch)](
             q_latent, q_rope, latent, rope, latent_scale, lengths, starts, partial, partial_lse,
             *sizes, *strides, *latent_scale.stride(), **blocks, **options,
+        )  # fmt: skip
+    elif tiling.gluon:
+        from .mla_hopper import mla_split_hopper
+
+        del blocks["BLOCK_M"], blocks["BLOCK_N"]
+        mla_split_hopper[(tiles, splits, batch)](
+            q_latent, q_rope, latent, rope, lengths, starts, partial, partial_lse, *sizes, *strides,
+            **blocks, **options,
         )  # fmt: skip
     else:
         mla_split[(tiles, splits, batch)](
