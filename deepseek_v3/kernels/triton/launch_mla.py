@@ -37,6 +37,7 @@ class Tiling:
 FEW_ROWS = Tiling(rows=16, slots=64, halves=1, stages=3, warps=4, tma=False)
 SOME_ROWS = Tiling(rows=32, slots=64, halves=1, stages=3, warps=4, tma=False)
 MANY_ROWS = Tiling(rows=64, slots=64, halves=2, stages=2, warps=4, tma=True)
+FEW_ROWS_FP8_BY_HAND = Tiling(rows=16, slots=64, halves=1, stages=2, warps=8, tma=True, gluon=True)
 MANY_ROWS_BY_HAND = Tiling(rows=64, slots=64, halves=1, stages=2, warps=8, tma=True, gluon=True)
 MANY_ROWS_POINTERS = Tiling(rows=64, slots=64, halves=2, stages=2, warps=4, tma=False)
 # FP8 tiles pass through registers: eight warps have room for this one and the next.
@@ -53,7 +54,7 @@ def tiling_for(rows: int, rank: int, fp8: bool, hopper: bool, aligned: bool, by_
     if not hopper:
         return SMALL_CARD
     if fp8:
-        return FEW_ROWS_FP8
+        return FEW_ROWS_FP8_BY_HAND if by_hand and aligned and rank == 512 else FEW_ROWS_FP8
     if rows <= 16:
         return FEW_ROWS
     # Halves narrower than 128 make too small a product.
@@ -108,7 +109,7 @@ def mla_decode(q_latent, q_rope, latent, rope, scale, lengths, starts, latent_sc
         card = capability(device.index) if on_gpu else (9, 0)
         by_hand = on_gpu and card == (9, 0) and rank in (256, 512) and rope.shape[2] == 64
         # Where there is little to do, halves make more programs, which matters more than doing nothing twice.
-        by_hand = by_hand and batch * rows * slots > LITTLE
+        by_hand = by_hand and (latent_scale is not None or batch * rows * slots > LITTLE)
         aligned = tma_ready(latent) and tma_ready(rope)
         tiling = tiling_for(rows, rank, latent_scale is not None, card >= (9, 0), aligned, by_hand)
     tiles = triton.cdiv(rows, tiling.rows) * tiling.halves
@@ -125,7 +126,14 @@ def mla_decode(q_latent, q_rope, latent, rope, scale, lengths, starts, latent_sc
     strides = (*q_latent.stride()[:3], *q_rope.stride()[:3], *latent.stride()[:2], *rope.stride()[:2])
     options = {"LENGTHS": lengths is not None, "STARTS": starts is not None, "num_warps": tiling.warps}
     blocks = {"C": rank, "R": rope.shape[2], "BLOCK_M": tiling.rows, "BLOCK_N": tiling.slots}
-    if latent_scale is not None:
+    if latent_scale is not None and tiling.gluon:
+        from .mla_fp8_hopper import mla_split_fp8_hopper
+
+        mla_split_fp8_hopper[(tiles, splits, batch)](
+            q_latent, q_rope, latent, rope, latent_scale, lengths, starts, partial, partial_lse,
+            *sizes, *strides, *latent_scale.stride(), WARPS=tiling.warps, **options,
+        )  # fmt: skip
+    elif latent_scale is not None:
         mla_split_fp8[(tiles, splits, batch)](
             q_latent, q_rope, latent, rope, latent_scale, lengths, starts, partial, partial_lse,
             *sizes, *strides, *latent_scale.stride(), **blocks, **options,
