@@ -3,8 +3,6 @@
 import argparse
 import json
 import re
-import sys
-from collections.abc import Callable
 from typing import Any
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -25,7 +23,7 @@ def _count(text: str) -> int:
 
 
 def add_commands(subparsers: Any) -> None:
-    """Add the three subcommands; each sets `func(args) -> int`, the exit code.
+    """Add the three subcommands; each sets `func(args) -> int`, the exit code, which raises for bad input.
 
     Args:
         subparsers: what `ArgumentParser.add_subparsers` returns.
@@ -89,7 +87,7 @@ def _add_convert(subparsers: Any) -> None:
     )
     add("--verify", action="store_true", help="compare DST with SRC afterwards")
     add("--quiet", action="store_true", help="no line for each finished file")
-    parser.set_defaults(func=_guarded(_convert))
+    parser.set_defaults(func=_convert)
 
 
 def _add_verify(subparsers: Any) -> None:
@@ -107,7 +105,7 @@ def _add_verify(subparsers: Any) -> None:
         "--workers", type=_count, metavar="N", help="worker processes (default: one a core, at most 8)"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.set_defaults(func=_guarded(_verify))
+    parser.set_defaults(func=_verify)
 
 
 def _add_inspect(subparsers: Any) -> None:
@@ -120,25 +118,7 @@ def _add_inspect(subparsers: Any) -> None:
     )
     parser.add_argument("folder", metavar="DIR", help="a checkpoint folder")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.set_defaults(func=_guarded(_inspect))
-
-
-def _guarded(handler: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
-    """Bad input becomes one line on standard error and exit code 2."""
-
-    def run(args: argparse.Namespace) -> int:
-        from .errors import CheckpointError
-
-        try:
-            return handler(args)
-        except (CheckpointError, OSError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-        except KeyboardInterrupt:
-            print("interrupted; the same command continues an unfinished conversion", file=sys.stderr)
-            return 130
-
-    return run
+    parser.set_defaults(func=_inspect)
 
 
 def _convert(args: argparse.Namespace) -> int:

@@ -1,13 +1,12 @@
 """A small model's configuration, and ways to read, make and damage checkpoint folders without the package."""
 
-import argparse
 import json
 import struct
 from pathlib import Path
 
 from safetensors import safe_open
 
-from deepseek_v3.conversion.commands import add_commands
+from deepseek_v3.cli import main
 
 # Every dimension that is cut for two ranks holds whole pairs of FP8 blocks; kv_a_proj has 192 rows, q_b_proj 160
 # columns: one and a half and one and a quarter blocks.
@@ -76,8 +75,5 @@ def write_raw(path, tensors):
 
 
 def command(*words):
-    """Run a subcommand in this process: its exit code."""
-    parser = argparse.ArgumentParser(prog="deepseek-v3")
-    add_commands(parser.add_subparsers(required=True))
-    args = parser.parse_args([str(word) for word in words])
-    return args.func(args)
+    """Run the command line in this process: its exit code."""
+    return main([str(word) for word in words])

@@ -197,7 +197,7 @@ def test_bad_checkpoints(copy, tmp_path, capsys, what):
     before = snapshot(folder)
     assert command("convert", folder, tmp_path / "out", "--to", "bf16", "--workers", 0) == 2
     output = capsys.readouterr()
-    assert output.err.count("\n") == 1 and output.err.startswith("error: "), output.err
+    assert output.err.count("\n") == 1 and output.err.startswith("deepseek-v3 convert: "), output.err
     assert all(word in output.err for word in words), output.err
     assert not (tmp_path / "out").exists()
     assert snapshot(folder) == before

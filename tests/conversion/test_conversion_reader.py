@@ -98,6 +98,10 @@ def test_hub_cache_snapshots_are_links_into_their_own_blobs(made, tmp_path):
         shutil.copy(path, blobs / f"{number:064x}")
         (snapshot / path.name).symlink_to(os.path.join("..", "..", "blobs", f"{number:064x}"))
     assert len(open_checkpoint(snapshot).files) == 4
+    # Two folders up from anywhere else is simply out of the folder.
+    snapshot.parent.rename(repository / "elsewhere")
+    refused(repository / "elsewhere" / "abc", "link out of the folder")
+    (repository / "elsewhere").rename(snapshot.parent)
     other = tmp_path / "models--org--other" / "blobs"
     other.mkdir(parents=True)
     shard = sorted(snapshot.glob("*.safetensors"))[0]

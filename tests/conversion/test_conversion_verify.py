@@ -159,7 +159,7 @@ def test_commands_and_their_exit_codes(made, copy, tmp_path, capsys):
     assert output.err == ""
     assert command("convert", made / "fp8", tmp_path / "out", "--to", "bf16", "--workers", 0) == 2
     output = capsys.readouterr()
-    assert output.out == "" and output.err.startswith("error: ") and output.err.count("\n") == 1
+    assert output.out == "" and output.err.startswith("deepseek-v3 convert: ") and output.err.count("\n") == 1
     assert command("inspect", made / "fp8", "--json") == 0
     assert json.loads(capsys.readouterr().out)["layout"] == "official"
     assert command("inspect", tmp_path / "nothing") == 2
