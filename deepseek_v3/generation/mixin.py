@@ -1,17 +1,67 @@
-"""What `generate` does differently for latent attention."""
+"""What `generate` does differently for latent attention and Multi-Token Prediction."""
 
+from contextvars import ContextVar
 from typing import Any
 
-from transformers.cache_utils import DynamicCache
+import torch
+from transformers.cache_utils import DynamicCache, StaticCache
 from transformers.generation import GenerationMixin
 
 from ..modeling_deepseek_v3.cache import LatentCache
+from .speculative import SpeculativeDecoder
+
+# The depth that the `generate` call in progress was asked for, in a tuple, or None for plain decoding.
+_ASKED: ContextVar[tuple[Any] | None] = ContextVar("mtp_depth", default=None)
 
 
 class LatentGenerationMixin(GenerationMixin):
-    """`generate` with a `LatentCache` where it would make a `DynamicCache`, which copies the history a token."""
+    """`generate` with a `LatentCache` where it would make a `DynamicCache`, which copies the history a token, and
+    with the model's own MTP modules drafting under `use_mtp=True`."""
 
     config: Any
+
+    def generate(self: Any, inputs: Any = None, generation_config: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
+        """As in transformers; `use_mtp=True` decodes speculatively, `num_assistant_tokens` drafts a step.
+
+        Args:
+            inputs, generation_config, kwargs: as of `GenerationMixin.generate`.
+            use_mtp: draft with the model's MTP modules and verify the drafts in one forward: any batch size, padding
+                side, greedy or sampling. Greedy output equals plain greedy output in the same dtype and attention
+                form; where two logits are equal to rounding, a forward over several tokens may round otherwise than
+                one over a single token, so ties can break differently in low precision. Sampled output has the
+                distribution of plain sampling.
+            num_assistant_tokens: drafts a step from 1 (the last module is run again on its own output beyond the
+                model's number of modules), or "auto" to measure which depth is fastest; default one a module.
+
+        Returns:
+            Token ids [B, L], or with `return_dict_in_generate` an output whose `mtp` is a `MtpStatistics`.
+
+        Raises:
+            ValueError: a model without MTP modules, beams, or another strategy that drafts cannot serve.
+        """
+        base = generation_config if generation_config is not None else self.generation_config
+        use_mtp = kwargs.pop("use_mtp", None)
+        if use_mtp is None:
+            use_mtp = getattr(base, "use_mtp", None)
+        if not use_mtp:
+            return super().generate(inputs, generation_config=generation_config, **kwargs)  # type: ignore[misc]
+        depth = kwargs.pop("num_assistant_tokens", None)
+        if depth is None and generation_config is not None:
+            depth = generation_config.num_assistant_tokens
+        _refuse_other_strategies(self, base, kwargs)
+        asked = _ASKED.set((depth,))
+        try:
+            kwargs["use_mtp"] = False  # transformers' own drafting, which knows one row and one depth
+            return super().generate(inputs, generation_config=generation_config, **kwargs)  # type: ignore[misc]
+        finally:
+            _ASKED.reset(asked)
+
+    def _sample(self: Any, input_ids: Any, **prepared: Any) -> Any:  # type: ignore[override]
+        """Greedy decoding and sampling, the two strategies that drafts serve, with everything prepared."""
+        asked = _ASKED.get()
+        if asked is None:
+            return super()._sample(input_ids, **prepared)  # type: ignore[misc]
+        return _speculate(self, input_ids, asked[0], **prepared)
 
     def _prepare_cache_for_generation(self: Any, generation_config: Any, model_kwargs: Any, *args: Any) -> Any:
         given = model_kwargs.get("past_key_values")
@@ -19,3 +69,98 @@ class LatentGenerationMixin(GenerationMixin):
         made = model_kwargs.get("past_key_values")
         if given is None and type(made) is DynamicCache:
             model_kwargs["past_key_values"] = LatentCache(self.config, offloading=made.offloading)
+
+
+def _refuse_other_strategies(model: Any, base: Any, kwargs: dict[str, Any]) -> None:
+    def asked(name: str) -> Any:
+        value = kwargs.get(name)
+        return getattr(base, name, None) if value is None else value
+
+    if not getattr(model.config, "num_nextn_predict_layers", 0):
+        raise ValueError(
+            "use_mtp: the model has no MTP module (config.num_nextn_predict_layers = 0). Load a checkpoint that holds "
+            "one, or train one with num_nextn_predict_layers >= 1"
+        )
+    if (asked("num_beams") or 1) > 1 or (asked("num_beam_groups") or 1) > 1:
+        raise ValueError("use_mtp works with greedy decoding and sampling, not with num_beams > 1")
+    if asked("penalty_alpha"):
+        raise ValueError(
+            "use_mtp works with greedy decoding and sampling, not with contrastive search (penalty_alpha)"
+        )
+    for name in ("assistant_model", "prompt_lookup_num_tokens", "custom_generate", "dola_layers"):
+        if asked(name) is not None:
+            raise ValueError(f"use_mtp drafts with the model's own MTP modules and cannot be combined with {name}")
+    if asked("use_cache") is False:
+        raise ValueError("use_mtp needs the cache; leave use_cache on")
+    if asked("output_attentions"):
+        raise ValueError("use_mtp returns scores, logits and hidden states, but no attentions; leave them off")
+
+
+def _speculate(
+    model: Any,
+    input_ids: torch.Tensor,
+    depth: Any,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    synced_gpus: bool = False,
+    streamer: Any = None,
+    past_key_values: Any = None,
+    attention_mask: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+    inputs_embeds: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> Any:
+    """The decoding method that `generate` calls with everything prepared."""
+    if synced_gpus:
+        raise ValueError("use_mtp does not run under ZeRO-3, where ranks must take the same number of steps")
+    cache, given = _latent_cache(model, past_key_values, generation_config, depth), past_key_values
+    past, embeds = int(cache.get_seq_length()), inputs_embeds
+    if embeds is not None:
+        embeds = embeds[:, past:] if embeds.shape[1] > past else embeds
+    new = (input_ids.shape[1] - past) if embeds is None else embeds.shape[1]
+    if new < 1:
+        raise ValueError(
+            f"the cache already holds {past} tokens and the input has {input_ids.shape[1]}: pass the whole "
+            "conversation with at least one token that the cache has not seen"
+        )
+    slots = past + new
+    if attention_mask is None:
+        attention_mask = torch.ones((len(input_ids), slots), device=input_ids.device, dtype=torch.long)
+    mask = attention_mask.bool()
+    if not bool(mask[:, past:].any(dim=1).all()):
+        raise ValueError("a row of the batch holds nothing but padding; give every row at least one token")
+    positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+    if position_ids is not None:
+        own = position_ids.expand(len(input_ids), -1)[:, -new:]
+        positions = torch.cat((positions[:, :past], own), dim=1)
+    made_here = getattr(given, "_is_user_defined", False) is False
+    keep_cache = generation_config.return_dict_in_generate or not made_here
+    with torch.no_grad():
+        return SpeculativeDecoder(
+            model,
+            input_ids,
+            embeds,
+            mask,
+            positions,
+            cache,
+            logits_processor,
+            stopping_criteria,
+            generation_config,
+            depth,
+            streamer,
+            keep_cache,
+        ).run()
+
+
+def _latent_cache(model: Any, cache: Any, generation_config: Any, depth: Any) -> LatentCache:
+    if isinstance(cache, LatentCache):
+        return cache
+    if isinstance(cache, StaticCache) and generation_config.cache_implementation == "static":
+        # Made by `generate` itself: ours has room for the drafts that are thrown away.
+        spare = 16 + 2 * (depth if isinstance(depth, int) else 8)
+        return LatentCache(model.config, max_cache_len=cache.get_max_length() + spare)
+    raise ValueError(
+        f"use_mtp needs a LatentCache, whose rows may differ in length, not a {type(cache).__name__}. "
+        "Leave past_key_values out, or pass deepseek_v3.LatentCache(model.config)"
+    )

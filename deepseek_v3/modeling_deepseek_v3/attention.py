@@ -79,7 +79,8 @@ def absorbed_attention(
         query: [B, H, T, N] and the rotated [B, H, T, R].
         latents: [B, S, C + R], latent and rotated key side by side.
         weight: [H * (N + V), C], the effective `kv_b_proj`.
-        attention_mask: [B, 1, T, S], bool (True is seen) or additive, or None (causal, the queries being the last).
+        attention_mask: [B, 1, T, S], bool (True is seen) or additive. None: one query sees everything, several are
+            causal from the first key on, as of SDPA's `is_causal` (a prompt in a fixed cache).
         scaling: factor on the logits.
         dropout: probability of dropping an attention weight.
 
@@ -93,7 +94,7 @@ def absorbed_attention(
     q = torch.cat((_per_head(q_nope, weight[:, :nope]), q_rope), dim=-1) * scaling  # [B, H, T, C + R]
     scores = torch.bmm(q.reshape(batch, heads * length, -1), latents.transpose(1, 2))
     if attention_mask is None and length > 1:
-        attention_mask = _causal(length, keys, scores.device)
+        attention_mask = torch.ones(length, keys, dtype=torch.bool, device=scores.device).tril()
     probabilities = _softmax(scores.view(batch, heads, length, keys), attention_mask, q_nope.dtype)
     probabilities = nn.functional.dropout(probabilities, p=dropout, training=dropout > 0)
     mixed = torch.bmm(probabilities.reshape(batch, heads * length, keys), latents[..., :rank])
@@ -107,10 +108,6 @@ def _per_head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     batch, heads, length, width = x.shape
     rows = x.transpose(0, 1).reshape(heads, batch * length, width)
     return torch.bmm(rows, weight).view(heads, batch, length, -1).transpose(0, 1)
-
-
-def _causal(queries: int, keys: int, device: torch.device) -> torch.Tensor:
-    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
 
 
 def _softmax(scores: torch.Tensor, mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:

@@ -262,6 +262,12 @@ class LatentCache(DynamicCache):
             kwargs["rows"] = self._rows
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Slots that attention over `query_length` new tokens is shown in a layer, and the first one's index."""
+        if self.max_cache_len is not None and layer_idx >= len(self.layers):
+            return self.max_cache_len, 0  # an MTP module's layer, before it is written
+        return super().get_mask_sizes(query_length, layer_idx)
+
     @contextmanager
     def rows(self, rows: RowSlots) -> Iterator[None]:
         """Within this context every layer writes each row's tokens at that row's own slots, over what is there.
@@ -274,6 +280,10 @@ class LatentCache(DynamicCache):
             yield
         finally:
             self._rows = None
+
+    def shown(self, extent: int) -> int:
+        """Slots that attention is shown when `extent` of them are in use: all of a fixed cache's."""
+        return extent if self.max_cache_len is None else self.max_cache_len
 
     def settle(self, length: int) -> None:
         """Say how many slots count from now on, in every layer."""

@@ -1,0 +1,175 @@
+"""The MTP modules as a drafter over the latent cache, and where each row stands.
+
+A row stands at slot n: the main model has processed the tokens in slots 0 .. n - 1 and chosen the one for slot n. The
+first module's row i holds the state of token i and the embedding of token i + 1, so its cache ends one earlier than
+what it has been told. Before each draft the last rows of every module are run again with what is known now, which
+overwrites whatever earlier drafts left there.
+
+Letters: B rows, N window rows, D hidden, V vocabulary, k drafts.
+"""
+
+from typing import Any
+
+import torch
+
+from ..modeling_deepseek_v3.cache import LatentCache, RowSlots
+
+
+class Rows:
+    """Where the unfinished rows stand, on the device and on the host.
+
+    Args:
+        prompt_mask: [B, P] bool, which slots of the prompt hold tokens.
+        prompt_positions: [B, P], their positions.
+        past: slots that an earlier call filled.
+
+    Attributes:
+        index: original row of each.
+        n: [B] slot of the token that was chosen last and not processed yet.
+        prompt_end: [B] slot after the prompt's last token.
+        known_from: [B] first slot whose state was seen in this call; MTP rows before it stay as they are.
+    """
+
+    def __init__(self, prompt_mask: torch.Tensor, prompt_positions: torch.Tensor, past: int) -> None:
+        columns = torch.arange(prompt_mask.shape[1], device=prompt_mask.device)
+        self.index = list(range(len(prompt_mask)))
+        self.prompt_mask, self.prompt_positions = prompt_mask, prompt_positions
+        self.prompt_end = torch.where(prompt_mask, columns + 1, 0).amax(dim=1)
+        self.n = self.prompt_end.clone()
+        first = torch.where(prompt_mask, columns, prompt_mask.shape[1]).amin(dim=1)
+        self.known_from = first.clamp(min=past)
+
+    def select(self, keep: torch.Tensor) -> None:
+        """Go on with the rows `keep` (positions among the present ones)."""
+        self.index = [self.index[i] for i in keep.tolist()]
+        for name in ("n", "prompt_mask", "prompt_positions", "prompt_end", "known_from"):
+            setattr(self, name, getattr(self, name)[keep])
+
+    def position_ids(self, slots: torch.Tensor) -> torch.Tensor:
+        """Positions of the tokens in [B, T] slots: the prompt's own, then one after another."""
+        last = self.prompt_positions.gather(1, self.prompt_end[:, None] - 1)
+        inside = self.prompt_positions.gather(1, slots.clamp(0, self.prompt_positions.shape[1] - 1))
+        return torch.where(slots < self.prompt_end[:, None], inside, last + 1 + slots - self.prompt_end[:, None])
+
+    def visible(self, queries: torch.Tensor, extent: int, start: int = 0) -> torch.Tensor:
+        """[B, 1, T, extent] mask: what a query in each of `queries` [B, T] slots may look at, from slot `start`."""
+        slots = torch.arange(extent, device=queries.device)
+        real = slots[None] >= self.prompt_end[:, None]  # [B, extent]
+        inside = min(extent, self.prompt_mask.shape[1])
+        real[:, :inside] |= self.prompt_mask[:, :inside]
+        real &= slots >= start
+        return (real[:, None] & (slots <= queries[..., None]))[:, None]
+
+
+class Drafter:
+    """Drafts tokens for every row with the model's MTP modules.
+
+    Args:
+        model: a causal LM with `draft`, `lm_head` and input embeddings.
+        cache: the call's cache; the modules' layers come after the main model's.
+        rows: where the rows stand.
+        deepest: drafts a step at most.
+    """
+
+    def __init__(self, model: Any, cache: LatentCache, rows: Rows, deepest: int) -> None:
+        self.model, self.cache, self.rows = model, cache, rows
+        self.first_layer = model.config.num_hidden_layers
+        self.modules = min(max(deepest, 1), model.config.num_nextn_predict_layers)
+        self.window = deepest + self.modules  # rows of each module that are run again
+        self.embed = model.get_input_embeddings()
+        self.states = self.embeddings = torch.empty(0)  # [B, window, D], of slots n - window .. n - 1 and one later
+
+    def start(self, states: torch.Tensor, embeddings: torch.Tensor, past: int) -> None:
+        """Run the modules over the prompt, as far as its tokens are known.
+
+        Args:
+            states: [B, N, D], `mtp_state` of the prompt's new slots past .. past + N - 1.
+            embeddings: [B, N + 1, D], embeddings of slots past .. past + N, the chosen token's at each row's end.
+            past: slots that an earlier call filled.
+        """
+        count, end = states.shape[1], past + states.shape[1]
+        following = torch.nn.functional.pad(embeddings[:, 1:], (0, 0, 0, self.modules))
+        queries = torch.arange(past, end, device=states.device).expand(len(states), -1)
+        follows_on = int(self.cache.get_seq_length(self.first_layer)) == past
+        if not follows_on:
+            self.cache.mtp_start = past  # the earlier call filled the main layers alone
+        previous = states
+        for module in range(self.modules):
+            # Rows near the end would look at tokens that are not known: `draft` runs them again.
+            embeds = following[:, module : module + count]
+            if follows_on:
+                mask, positions = self.rows.prompt_mask[:, :end], self.rows.prompt_positions[:, past:end]
+                _, previous = self.model.draft(module, previous, embeds, mask, positions, self.cache)
+            else:
+                _, previous = self._run(module, previous, embeds, queries)
+        self.states, self.embeddings = self._tail(states, embeddings, past)
+
+    def _tail(self, states: torch.Tensor, embeddings: torch.Tensor, past: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The last `window` states before each row's n, and the embeddings of the slots after them."""
+        offsets = torch.arange(-self.window, 0, device=states.device)
+        at = (self.rows.n - past)[:, None] + offsets
+        batch = torch.arange(len(states), device=states.device)[:, None]
+        return states[batch, at.clamp(min=0)], embeddings[batch, (at + 1).clamp(min=0)]
+
+    def draft(self, count: int, choose: Any) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+        """Draft `count` tokens for every row.
+
+        Args:
+            count: at least 1; also with 1 the modules' caches are brought up to date.
+            choose: takes (drafts so far [B, j], logits [B, V]) and gives tokens [B] and their distribution.
+
+        Returns:
+            Drafts [B, count], and each one's distribution [B, V] (None if greedy).
+        """
+        rows = self.rows
+        window = rows.n[:, None] + torch.arange(-self.window, 0, device=rows.n.device)
+        following = torch.nn.functional.pad(self.embeddings, (0, 0, 0, self.modules))
+        previous, drafts, drawn = self.states, rows.n.new_empty(len(rows.index), 0), []
+        for depth in range(count):
+            if depth < self.modules:
+                embeds = following[:, depth : depth + self.window]
+                normed, previous = self._run(depth, previous, embeds, window)
+                carry = previous[:, -1:]
+            else:  # the last module again, on its own output, one row further each time
+                slot = (rows.n + depth - self.modules)[:, None]
+                embeds = self.embed(drafts[:, -1:])
+                normed, carry = self._run(self.modules - 1, carry, embeds, slot)
+            tokens, distribution = choose(drafts, self.model.lm_head(normed[:, -1]))
+            drafts = torch.cat((drafts, tokens[:, None]), dim=1)
+            drawn.append(distribution)
+            if depth + 1 < self.modules:
+                following[:, self.window + depth] = self.embed(tokens)
+        return drafts, drawn
+
+    def _run(
+        self, module: int, previous: torch.Tensor, embeds: torch.Tensor, queries: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One module on rows in slots `queries` [B, N]. Rows before what is known in this call run for nothing, out
+        of sight: beyond the last valid slot, which is cleared."""
+        rows = self.rows
+        known = queries >= rows.known_from[:, None]
+        end = torch.where(known, queries + 1, 0).amax(dim=1)
+        scratch = end[:, None] + torch.arange(queries.shape[1], device=queries.device)
+        slots = torch.where(known, queries, scratch)
+        low, extent = torch.stack((end.min(), slots.max() + 1)).tolist()
+        mask = rows.visible(slots, self.cache.shown(extent), self.cache.mtp_start)
+        positions = rows.position_ids(queries.clamp(min=0))
+        with self.cache.rows(RowSlots(slots, end, low, extent)):
+            return self.model.draft(module, previous, embeds, mask, positions, self.cache, mla_form="absorbed")
+
+    def advance(self, states: torch.Tensor, tokens: torch.Tensor, kept: torch.Tensor) -> None:
+        """Take what a verification settled.
+
+        Args:
+            states: [B, k + 1, D], `mtp_state` of slots n .. n + k.
+            tokens: [B, k + 1], tokens in slots n + 1 .. n + k + 1, right as far as they were kept.
+            kept: [B], how many of them each row keeps; 0 for a row that takes no part.
+        """
+        batch = torch.arange(len(states), device=states.device)[:, None]
+        shift = kept[:, None] + torch.arange(self.window, device=states.device)
+        self.states = torch.cat((self.states, states), dim=1)[batch, shift]
+        self.embeddings = torch.cat((self.embeddings, self.embed(tokens)), dim=1)[batch, shift]
+
+    def select(self, keep: torch.Tensor) -> None:
+        """Go on with some of the rows."""
+        self.states, self.embeddings = self.states[keep], self.embeddings[keep]

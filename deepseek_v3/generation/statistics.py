@@ -1,0 +1,142 @@
+"""What speculative decoding did, and which depth it should draft to."""
+
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+_MANY_DRAFTS = 64  # drafts of depth 1 after which not one accepted cannot be chance
+
+
+@dataclass
+class MtpStatistics:
+    """Counts of one `generate(use_mtp=True)` call.
+
+    Attributes:
+        steps: forwards of the main model after the prompt's.
+        row_steps: the same, times the rows that were unfinished in each.
+        tokens: tokens that these forwards gave, over all rows.
+        drafted, accepted: drafts by depth (index 0 is depth 1) that were verified, and that were right.
+        depth: drafts a step; with `num_assistant_tokens="auto"` the depth that was chosen.
+    """
+
+    steps: int = 0
+    row_steps: int = 0
+    tokens: int = 0
+    drafted: list[int] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
+    depth: int = 0
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Tokens of a row for each forward of the main model; 1 in plain decoding."""
+        return self.tokens / self.row_steps if self.row_steps else 0.0
+
+    @property
+    def acceptance(self) -> list[float]:
+        """Accepted over drafted, by depth; a depth counts as drafted where all shallower ones were accepted."""
+        return [right / tried if tried else 0.0 for right, tried in zip(self.accepted, self.drafted, strict=True)]
+
+    def count(self, accepted: list[int], kept: list[int], drafts: int) -> None:
+        """Take one step: drafts accepted by each unfinished row, tokens that each kept, drafts that each was given."""
+        self.steps += 1
+        self.row_steps += len(kept)
+        self.tokens += sum(kept)
+        missing = drafts - len(self.drafted)
+        self.drafted.extend([0] * missing)
+        self.accepted.extend([0] * missing)
+        for right in accepted:
+            for depth in range(min(right + 1, drafts)):
+                self.drafted[depth] += 1
+                self.accepted[depth] += depth < right
+
+    def warn_if_useless(self) -> None:
+        """Say it loudly where not one of many drafts was accepted: nobody sees it in the tokens."""
+        if self.drafted and self.drafted[0] >= _MANY_DRAFTS and self.accepted[0] == 0:
+            logger.warning(
+                f"MTP: none of {self.drafted[0]} drafts was accepted. The output is right, but drafting only costs. "
+                "The MTP weights do not belong to this model: they were not in the checkpoint, came without their "
+                "FP8 scales, or were not trained along with it. Load a checkpoint that holds them, or train them."
+            )
+
+
+@dataclass
+class GenerateMtpOutput(GenerateDecoderOnlyOutput):
+    """`GenerateDecoderOnlyOutput` and `mtp`, a `MtpStatistics`."""
+
+    mtp: MtpStatistics | None = None
+
+
+class FixedDepth:
+    """Drafts `depth` tokens in every step."""
+
+    def __init__(self, depth: int) -> None:
+        self.deepest = depth
+
+    def next(self) -> int:
+        return self.deepest
+
+    def took(self, drafts: int, seconds: float, statistics: MtpStatistics) -> None:
+        """A step with `drafts` drafts took `seconds`."""
+
+
+class AutoDepth:
+    """Tries every depth for a few steps, then keeps the one that gives most tokens a second.
+
+    The tokens of a step come from the acceptance measured by depth, its cost from the median of its trials. Depth 0,
+    plain decoding, is among the candidates.
+    """
+
+    def __init__(self, deepest: int = 4, trials: int = 4) -> None:
+        self.deepest, self.trials = deepest, trials
+        self.chosen: int | None = None
+        self._plan = [depth for depth in range(deepest, -1, -1) for _ in range(trials)]
+        self._seconds: dict[int, list[float]] = {}
+
+    def next(self) -> int:
+        if self.chosen is not None:
+            return self.chosen
+        return self._plan[0]
+
+    def took(self, drafts: int, seconds: float, statistics: MtpStatistics) -> None:
+        if self.chosen is not None:
+            return
+        # The first step of a depth pays for what is made once (compilation, allocation): it is not counted.
+        self._seconds.setdefault(drafts, []).append(seconds)
+        self._plan.pop(0)
+        if not self._plan:
+            self.chosen = self._choose(statistics)
+            statistics.depth = self.chosen
+
+    def _choose(self, statistics: MtpStatistics) -> int:
+        rates: dict[int, float] = {}
+        expected, chain = 1.0, 1.0
+        for depth in range(self.deepest + 1):
+            if depth:
+                chain *= statistics.acceptance[depth - 1] if depth <= len(statistics.acceptance) else 0.0
+                expected += chain
+            if depth in self._seconds:
+                rates[depth] = expected / median(self._seconds[depth][1:] or self._seconds[depth])
+        best = max(rates, key=lambda depth: rates[depth])
+        shown = ", ".join(f"{depth}: {rate:.1f}" for depth, rate in sorted(rates.items()))
+        logger.info(f"MTP: {best} drafts a step give most tokens a second a row ({shown})")
+        return best
+
+
+def make_depth(asked: Any, modules: int) -> FixedDepth | AutoDepth:
+    """The policy behind `num_assistant_tokens`: an integer from 1, "auto", or None for one draft a module.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if asked == "auto":
+        return AutoDepth()
+    if asked is None:
+        return FixedDepth(modules)
+    if isinstance(asked, bool) or not isinstance(asked, int) or asked < 1:
+        raise ValueError(f"num_assistant_tokens = {asked!r}: give a number of drafts from 1, or 'auto'")
+    return FixedDepth(asked)
