@@ -103,6 +103,8 @@ def test_amax_floor_bounds_the_scale_from_below():
     x = torch.full((2, 128), 1e-6)
     assert quantize_activation(x)[1][0, 0].item() == pytest.approx(1e-6 / 448, rel=1e-6)
     assert quantize_activation(x, amax_floor=1e-4)[1][0, 0].item() == pytest.approx(1e-4 / 448, rel=1e-6)
+    codes, scale = quantize_weight(torch.zeros(2, 2), amax_floor=0.0)
+    assert scale.item() >= torch.finfo(torch.float32).tiny and not codes.float().any()
 
 
 @pytest.mark.parametrize("width", [1, 127, 128, 129, 576])

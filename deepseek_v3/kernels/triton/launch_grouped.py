@@ -28,9 +28,7 @@ SOME = Tiling(rows=64, columns=256, depth=64, stages=4, warps=8)
 # Three programs a multiprocessor: the products of the others hide one's float32 promotion.
 FP8_MANY = Tiling(rows=64, columns=128, depth=128, stages=3, warps=4, band=4)
 COLUMNS = Tiling(rows=64, columns=256, depth=128, stages=3, warps=8)
-FEW = Tiling(rows=16, columns=128, depth=128, stages=3, warps=8)
-# Fewer than 64 rows in all: more and smaller programs, to fill the card. FP8 tiles are half as large.
-FEW_SMALL = Tiling(rows=16, columns=64, depth=128, stages=4, warps=4)
+FEW = Tiling(rows=16, columns=64, depth=128, stages=4, warps=4)
 FEW_SWIGLU = Tiling(rows=16, columns=64, depth=128, stages=3, warps=4)
 # Float32 and cards before Hopper: no asynchronous products, less shared memory.
 PLAIN = Tiling(rows=32, columns=32, depth=32, stages=2, warps=4)
@@ -92,7 +90,7 @@ def grouped_rows_few(x, w, offsets, order, top_k, swiglu, out, x_scale=None, w_s
     pairs, columns = out.shape
     experts, fp8 = w.shape[0], x_scale is not None
     if tiling is None:
-        tiling = FEW_SWIGLU if swiglu else FEW_SMALL if fp8 or pairs < 64 else FEW
+        tiling = FEW_SWIGLU if swiglu else FEW
     programs = _row_tiles(pairs, experts, tiling.rows) * triton.cdiv(columns, tiling.columns)
     grouped_few[(programs,)](
         x, w, out, offsets, order, x_scale, w_scale,

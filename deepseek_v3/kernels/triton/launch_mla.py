@@ -113,7 +113,7 @@ def mla_decode(q_latent, q_rope, latent, rope, scale, lengths, starts, latent_sc
         aligned = tma_ready(latent) and tma_ready(rope)
         tiling = tiling_for(rows, rank, latent_scale is not None, card >= (9, 0), aligned, by_hand)
     tiles = triton.cdiv(rows, tiling.rows) * tiling.halves
-    splits = splits_for(tiles * batch, slots, tiling, processors(device.index) if on_gpu else 4)
+    splits = splits_for(tiles * batch, slots, tiling, processors(device.index) if on_gpu else 7)
     out = torch.empty(q_latent.shape, dtype=q_latent.dtype, device=device)
     lse = torch.empty(batch, queries, heads, dtype=torch.float32, device=device)
     partial, partial_lse = out, lse
