@@ -64,15 +64,30 @@ def test_weights_and_scales_lie_apart_and_mtp_extras_come_last(made):
     where, files = index["weight_map"], sorted({*index["weight_map"].values()})
     assert files == [f"model-0000{i}-of-000004.safetensors" for i in range(1, 5)]
     apart = [name for name in where if f"{name}_scale_inv" in where and where[name] != where[f"{name}_scale_inv"]]
-    assert len(apart) >= 2
+    # Every cut but the last, which the extras decide.
+    assert len(apart) >= len(files) - 2
+    assert {where[f"{name}_scale_inv"] for name in apart} >= set(files[1:-1])
     extras = [n for n in where if re.match(r"model\.layers\.2\.(embed_tokens|enorm|hnorm|eh_proj|shared_head)", n)]
     assert len(extras) == 6 and {where[name] for name in extras} == {files[-1]}
+    assert any(file != files[-1] for name, file in where.items() if name.startswith("model.layers.2."))
     assert index["metadata"]["total_size"] == sum(
         tensor.numel() * tensor.element_size() for tensor in read_all(made / "fp8").values()
     )
     for file in files:
         with safe_open(made / "fp8" / file, framework="pt") as shard:
             assert set(shard.keys()) == {name for name in where if where[name] == file}
+
+
+@pytest.mark.parametrize("shards", range(3, 10))
+def test_every_file_but_first_and_last_begins_with_a_scale_whose_weight_is_elsewhere(tmp_path, shards):
+    write_checkpoint(CONFIG, tmp_path / "x", shards=shards, sparse=True)
+    where = json.loads((tmp_path / "x" / "model.safetensors.index.json").read_text())["weight_map"]
+    apart = {
+        where[f"{name}_scale_inv"]
+        for name in where
+        if f"{name}_scale_inv" in where and where[name] != where[f"{name}_scale_inv"]
+    }
+    assert apart >= set(sorted({*where.values()})[1:-1])
 
 
 def test_config_says_what_is_there(made):

@@ -202,6 +202,9 @@ def test_inspection_of_each_layout(made, name, layout, precision):
     numbers = sum(t.numel() for t in official.values()) - copies
     assert found.needs["bf16"]["weights"] == 2 * numbers + 2 * 8
     assert ("fp8" in found.needs) == (precision == "fp8")
+    if precision == "fp8":
+        fp8 = sum(t.numel() * t.element_size() for t in read_all(made / "fp8").values())
+        assert found.needs["fp8"]["weights"] == fp8 - 2 * copies
     assert "sound" in found.text() and layout in found.text()
 
 
