@@ -97,6 +97,44 @@ def widen(codes, scale, dtype, lengths, starts):
     return out
 
 
+def choose_tiling(q_latent, latent, rope, fp8):
+    """The tiling for these inputs on their card; the interpreter counts as a Hopper card without Gluon."""
+    batch, queries, heads, rank = q_latent.shape
+    rows, device = queries * heads, q_latent.device
+    card = capability(device.index) if device.type == "cuda" else (9, 0)
+    by_hand = device.type == "cuda" and card == (9, 0) and rank in (256, 512) and rope.shape[2] == 64
+    # Where there is little to do, halves make more programs, which matters more than doing nothing twice.
+    by_hand = by_hand and (fp8 or batch * rows * latent.shape[1] > LITTLE)
+    return tiling_for(rows, rank, fp8, card >= (9, 0), tma_ready(latent) and tma_ready(rope), by_hand)
+
+
+def _split(grid, tiling, q_latent, q_rope, latent, rope, latent_scale, lengths, starts, partial, partial_lse, sizes):
+    """Launch the kernel of the tiling over ``grid``: row tiles, splits, batch."""
+    tensors = (q_latent, q_rope, latent, rope)
+    results = (lengths, starts, partial, partial_lse)
+    strides = (*q_latent.stride()[:3], *q_rope.stride()[:3], *latent.stride()[:2], *rope.stride()[:2])
+    options = {"LENGTHS": lengths is not None, "STARTS": starts is not None, "num_warps": tiling.warps}
+    widths = {"C": latent.shape[2], "R": rope.shape[2]}
+    blocks = {"BLOCK_M": tiling.rows, "BLOCK_N": tiling.slots}
+    if latent_scale is not None:
+        arguments = (*tensors, latent_scale, *results, *sizes, *strides, *latent_scale.stride())
+        if tiling.gluon:
+            from .mla_fp8_hopper import mla_split_fp8_hopper
+
+            mla_split_fp8_hopper[grid](*arguments, WARPS=tiling.warps, **options)
+        else:
+            mla_split_fp8[grid](*arguments, **widths, **blocks, **options)
+        return
+    arguments = (*tensors, *results, *sizes, *strides)
+    if tiling.gluon:
+        from .mla_hopper import mla_split_hopper
+
+        mla_split_hopper[grid](*arguments, **widths, **options)
+    else:
+        more = {"HALVES": tiling.halves, "TMA": tiling.tma, "STAGES": tiling.stages}
+        mla_split[grid](*arguments, **widths, **blocks, **more, **options)
+
+
 def mla_decode(q_latent, q_rope, latent, rope, scale, lengths, starts, latent_scale, sliding_window, tiling=None):
     """See ``deepseek_v3.kernels.mla_decode``; all tensors' last dimensions are dense."""
     batch, queries, heads, rank = q_latent.shape
@@ -106,12 +144,7 @@ def mla_decode(q_latent, q_rope, latent, rope, scale, lengths, starts, latent_sc
         latent, rope = widen(latent, latent_scale, q_latent.dtype, lengths, starts), rope.to(q_latent.dtype)
         latent_scale = None
     if tiling is None:
-        card = capability(device.index) if on_gpu else (9, 0)
-        by_hand = on_gpu and card == (9, 0) and rank in (256, 512) and rope.shape[2] == 64
-        # Where there is little to do, halves make more programs, which matters more than doing nothing twice.
-        by_hand = by_hand and (latent_scale is not None or batch * rows * slots > LITTLE)
-        aligned = tma_ready(latent) and tma_ready(rope)
-        tiling = tiling_for(rows, rank, latent_scale is not None, card >= (9, 0), aligned, by_hand)
+        tiling = choose_tiling(q_latent, latent, rope, latent_scale is not None)
     tiles = triton.cdiv(rows, tiling.rows) * tiling.halves
     splits = splits_for(tiles * batch, slots, tiling, processors(device.index) if on_gpu else 7)
     out = torch.empty(q_latent.shape, dtype=q_latent.dtype, device=device)
@@ -123,34 +156,8 @@ def mla_decode(q_latent, q_rope, latent, rope, scale, lengths, starts, latent_sc
     if tiling.tma and on_gpu:
         triton.set_allocator(scratch)
     sizes = (queries, heads, slots, splits, sliding_window or NO_WINDOW, scale * LOG2_E)
-    strides = (*q_latent.stride()[:3], *q_rope.stride()[:3], *latent.stride()[:2], *rope.stride()[:2])
-    options = {"LENGTHS": lengths is not None, "STARTS": starts is not None, "num_warps": tiling.warps}
-    blocks = {"C": rank, "R": rope.shape[2], "BLOCK_M": tiling.rows, "BLOCK_N": tiling.slots}
-    if latent_scale is not None and tiling.gluon:
-        from .mla_fp8_hopper import mla_split_fp8_hopper
-
-        mla_split_fp8_hopper[(tiles, splits, batch)](
-            q_latent, q_rope, latent, rope, latent_scale, lengths, starts, partial, partial_lse,
-            *sizes, *strides, *latent_scale.stride(), WARPS=tiling.warps, **options,
-        )  # fmt: skip
-    elif latent_scale is not None:
-        mla_split_fp8[(tiles, splits, batch)](
-            q_latent, q_rope, latent, rope, latent_scale, lengths, starts, partial, partial_lse,
-            *sizes, *strides, *latent_scale.stride(), **blocks, **options,
-        )  # fmt: skip
-    elif tiling.gluon:
-        from .mla_hopper import mla_split_hopper
-
-        del blocks["BLOCK_M"], blocks["BLOCK_N"]
-        mla_split_hopper[(tiles, splits, batch)](
-            q_latent, q_rope, latent, rope, lengths, starts, partial, partial_lse, *sizes, *strides,
-            **blocks, **options,
-        )  # fmt: skip
-    else:
-        mla_split[(tiles, splits, batch)](
-            q_latent, q_rope, latent, rope, lengths, starts, partial, partial_lse, *sizes, *strides,
-            **blocks, HALVES=tiling.halves, TMA=tiling.tma, STAGES=tiling.stages, **options,
-        )  # fmt: skip
+    grid = (tiles, splits, batch)
+    _split(grid, tiling, q_latent, q_rope, latent, rope, latent_scale, lengths, starts, partial, partial_lse, sizes)
     if splits > 1:
         cols = min(rank, 128)
         mla_combine[(batch * rows, rank // cols)](

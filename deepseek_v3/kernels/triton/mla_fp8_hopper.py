@@ -18,6 +18,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from .mla_hopper import slots_of
+
 
 @gluon.jit
 def _fetch(code_tiles, rope_tiles, codes, ropes, bars, tile, slot, go):
@@ -81,6 +83,30 @@ def _part(values, queries, g: gl.constexpr, logit: gl.constexpr):
 
 
 @gluon.jit
+def _logits(values, q_s, pe, pe_s, unit, s0, s1, s2, s3, logit: gl.constexpr):
+    """Logits [64 slots, 16 rows]: each group's part times its slots' scale, and the roped part."""
+    part0 = _part(values, q_s, 0, logit)
+    part1 = _part(values, q_s, 1, logit)
+    part2 = _part(values, q_s, 2, logit)
+    part3 = _part(values, q_s, 3, logit)
+    zero = gl.zeros([64, 16], gl.float32, logit)
+    part4 = warpgroup_mma(pe, pe_s.permute((1, 0)), zero, use_acc=False, is_async=True)
+    part0, part1, part2, part3, part4 = warpgroup_mma_wait(0, deps=[part0, part1, part2, part3, part4])
+    logits = part0 * s0[:, None] + part1 * s1[:, None] + part2 * s2[:, None] + part3 * s3[:, None]
+    return logits * unit[None, :] + part4
+
+
+@gluon.jit
+def _step(logits, top, spread):
+    """New maximum over the slots and spread sum of base-2 logits, the weights, and how much the past fades."""
+    new_top = gl.maximum(top, gl.max(logits, 0))
+    base = gl.where(new_top == float("-inf"), 0.0, new_top)
+    weights = gl.exp2(logits - base[None, :])
+    fade = gl.exp2(top - base)
+    return new_top, spread * fade[None, :] + weights, weights, fade
+
+
+@gluon.jit
 def _mix(values, weights, acc, g: gl.constexpr):
     """Adds one group's part of the output, transposed, not waited for: [128 columns, 16 rows]."""
     return warpgroup_mma(values.index(g).permute((1, 0)), weights.index(g), acc, is_async=True)
@@ -119,19 +145,9 @@ def mla_split_fp8_hopper(
     unit = gl.convert_layout(unit, gl.SliceLayout(0, logit))
 
     row = first_row + gl.arange(0, 16, gl.SliceLayout(0, logit))
-    length = slots
-    if LENGTHS:
-        length = gl.minimum(gl.load(lengths + b).to(gl.int32), slots)
-    start = 0
-    if STARTS:
-        start = gl.maximum(gl.load(starts + b).to(gl.int32), 0)
-    high = length - (queries - 1 - row // heads)
-    low = gl.maximum(start, high - window)
-    first = gl.maximum(start, length - (queries - 1) - window)
-    share = (gl.maximum(length - first, 0) + 63) // 64
-    share = (share + splits - 1) // splits * 64
-    begin = first + split * share
-    tiles = (gl.minimum(begin + share, length) - begin + 63) // 64
+    length, begin, tiles, low, high = slots_of(
+        lengths, starts, b, row // heads, split, queries, slots, splits, window, LENGTHS, STARTS
+    )
     last = gl.maximum(length - 1, 0)
 
     room = gl.maximum(length, 1)
@@ -168,23 +184,10 @@ def mla_split_fp8_hopper(
             values.index(g).store(codes.index(i % 2 * 4 + g).load(linear).to(gl.float16))
         fence_async_shared()
         gl.thread_barrier()
-        part0 = _part(values, q_s, 0, logit)
-        part1 = _part(values, q_s, 1, logit)
-        part2 = _part(values, q_s, 2, logit)
-        part3 = _part(values, q_s, 3, logit)
-        zero = gl.zeros([64, 16], gl.float32, logit)
-        part4 = warpgroup_mma(ropes.index(i % 2), pe_s.permute((1, 0)), zero, use_acc=False, is_async=True)
-        part0, part1, part2, part3, part4 = warpgroup_mma_wait(0, deps=[part0, part1, part2, part3, part4])
-        logits = part0 * s0[:, None] + part1 * s1[:, None] + part2 * s2[:, None] + part3 * s3[:, None]
-        logits = logits * unit[None, :] + part4
+        logits = _logits(values, q_s, ropes.index(i % 2), pe_s, unit, s0, s1, s2, s3, logit)
         slot = (begin + i * 64 + lane)[:, None]
         logits = gl.where((slot < high[None, :]) & (slot >= low[None, :]), logits * scale_log2, float("-inf"))
-        new_top = gl.maximum(top, gl.max(logits, 0))
-        base = gl.where(new_top == float("-inf"), 0.0, new_top)
-        weights = gl.exp2(logits - base[None, :])
-        fade = gl.exp2(top - base)
-        spread = spread * fade[None, :] + weights
-        top = new_top
+        top, spread, weights, fade = _step(logits, top, spread)
         # Weights times scales are taken relative to the largest scale so far, again for float16's sake.
         size = gl.maximum(gl.maximum(s0, s1), gl.maximum(s2, s3))
         new_largest = gl.maximum(largest, _power_above(gl.max(size, 0)))

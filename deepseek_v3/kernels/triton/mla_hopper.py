@@ -21,6 +21,26 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 
 @gluon.jit
+def slots_of(
+    lengths, starts, b, t, split, queries, slots, splits, window, LENGTHS: gl.constexpr, STARTS: gl.constexpr
+):  # fmt: skip
+    """Batch row b's length, the first slot and the tiles of 64 of one split, and [low, high) of each query t."""
+    length = slots
+    if LENGTHS:
+        length = gl.minimum(gl.load(lengths + b).to(gl.int32), slots)
+    start = 0
+    if STARTS:
+        start = gl.maximum(gl.load(starts + b).to(gl.int32), 0)
+    high = length - (queries - 1 - t)
+    low = gl.maximum(start, high - window)
+    first = gl.maximum(start, length - (queries - 1) - window)
+    share = (gl.maximum(length - first, 0) + 63) // 64
+    share = (share + splits - 1) // splits * 64
+    begin = first + split * share
+    return length, begin, (gl.minimum(begin + share, length) - begin + 63) // 64, low, high
+
+
+@gluon.jit
 def _fetch(latent_tiles, rope_tiles, latents, ropes, bars, tile, slot, go, C: gl.constexpr, R: gl.constexpr):
     """Start the copy of 64 slots into buffer tile % 2, where ``go``."""
     turn = tile % 2
@@ -60,20 +80,9 @@ def mla_split_hopper(
     pe_s = gl.allocate_shared_memory(dtype, [64, R], shared, q)
 
     row = first_row + gl.arange(0, 64, gl.SliceLayout(1, logit))
-    length = slots
-    if LENGTHS:
-        length = gl.minimum(gl.load(lengths + b).to(gl.int32), slots)
-    start = 0
-    if STARTS:
-        start = gl.maximum(gl.load(starts + b).to(gl.int32), 0)
-    high = length - (queries - 1 - row // heads)
-    low = gl.maximum(start, high - window)
-    first = gl.maximum(start, length - (queries - 1) - window)
-    share = (gl.maximum(length - first, 0) + 63) // 64
-    share = (share + splits - 1) // splits * 64
-    begin = first + split * share
-    tiles = (gl.minimum(begin + share, length) - begin + 63) // 64
-
+    length, begin, tiles, low, high = slots_of(
+        lengths, starts, b, row // heads, split, queries, slots, splits, window, LENGTHS, STARTS
+    )
     # Descriptors that end at this row's length: the copy engine fills what lies beyond with zeros.
     room = gl.maximum(length, 1)
     latent_tiles = tma.make_tensor_descriptor(latent + b * c_b, [room, C], [c_s, 1], [64, C], shared)
