@@ -27,12 +27,27 @@ OPERATIONS: dict[str, Callable[[torch.device], Reasons]] = {}
 LIBRARY = torch.library.Library("deepseek_v3", "DEF")
 
 
+def guarded(function: Callable) -> Callable:
+    """``function`` with its first tensor's GPU as the current one: Triton launches on the current device, whatever the
+    tensors', and a model spread over several GPUs calls from one thread."""
+
+    @functools.wraps(function)
+    def run(*arguments):
+        device = next(x.device for x in arguments if isinstance(x, torch.Tensor))
+        if device.type != "cuda" or device.index == torch.cuda.current_device():
+            return function(*arguments)
+        with torch.cuda.device(device):
+            return function(*arguments)
+
+    return run
+
+
 def define(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
     """Register the decorated function as ``torch.ops.deepseek_v3.<name>`` with ``fake`` for shapes alone."""
 
     def register(function: Callable) -> Callable:
         name = LIBRARY.define(schema)
-        LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+        LIBRARY.impl(name, guarded(function), "CompositeExplicitAutograd")
         torch.library.register_fake(f"deepseek_v3::{name}", fake, lib=LIBRARY)
         return function
 

@@ -6,6 +6,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+from deepseek_v3.kernels import dispatch
 
 FOLDER = pathlib.Path(__file__).parents[2] / "deepseek_v3" / "kernels"
 SCRIPT = """
@@ -63,3 +66,26 @@ def test_kernels_import_torch_and_themselves_alone(path):
             assert node.level <= inside, f"{path.name} imports from above the kernels"
             names = [node.module] if node.level == 0 and node.module else []
         assert {name.split(".")[0] for name in names} <= allowed, f"{path.name} imports {names}"
+
+
+def test_an_operation_runs_on_its_tensors_gpu(monkeypatch):
+    class Elsewhere(torch.Tensor):
+        device = torch.device("cuda", 1)
+
+    current = [0]
+
+    class Device:
+        def __init__(self, device):
+            self.index = device.index
+
+        def __enter__(self):
+            current.append(self.index)
+
+        def __exit__(self, *error):
+            current.pop()
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    seen = dispatch.guarded(lambda number, tensor: (number, current[-1]))
+    assert seen(5, torch.ones(1).as_subclass(Elsewhere)) == (5, 1) and current == [0]
+    assert seen(5, torch.ones(1)) == (5, 0)
