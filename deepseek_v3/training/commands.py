@@ -94,7 +94,17 @@ def _settings_of(pairs: list[str]) -> dict[str, Any]:
 def _train(args: argparse.Namespace) -> int:
     from .train import TrainSettings, train
 
-    names: list[str] = ["data", "output", "model", "tokenizer", "vocab_size", "limit_bytes", "held_out", "block", "batch"]
+    names: list[str] = [
+        "data",
+        "output",
+        "model",
+        "tokenizer",
+        "vocab_size",
+        "limit_bytes",
+        "held_out",
+        "block",
+        "batch",
+    ]
     names += ["accumulation", "steps", "learning_rate", "warmup", "seed", "bf16", "activation_checkpointing"]
     names += ["mask_documents", "save_steps", "resume"]
     train(TrainSettings(overrides=_settings_of(args.set), **{name: getattr(args, name) for name in names}))

@@ -18,22 +18,18 @@ from .data import pack
 from .evaluation import bits_per_byte, expert_shares, max_violation, mtp_acceptance, xz_bits_per_byte
 from .train import TrainResult, TrainSettings, train
 
-STEPS = 420
+STEPS = 340
 _PROMPTS = 3
 _EVALUATED_BYTES = 150_000
 
 
-def standard_library() -> str:
-    """Folder of the running Python's standard library: several MB of source on every machine, PSF licence."""
-    return sysconfig.get_path("stdlib")
-
-
-def _own_sources(folder: str) -> list[str]:
-    """The library's packages and modules without what is installed below it or is test data."""
+def library_sources() -> list[str]:
+    """The packages and modules of the running Python's standard library: several MB of source on every machine, under
+    the PSF licence. What is installed below it, its tests and its tables are left out."""
     skipped = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__", "encodings"}
     return sorted(
         str(path)
-        for path in Path(folder).iterdir()
+        for path in Path(sysconfig.get_path("stdlib")).iterdir()
         if path.name not in skipped and not path.name.startswith("config-") and (path.is_dir() or path.suffix == ".py")
     )
 
@@ -52,7 +48,7 @@ def run_demo(output: str, steps: int = STEPS, seed: int = 0) -> dict[str, Any]:
     started = time.perf_counter()
     print("1. Train a tokenizer and a model on the source of Python's standard library")
     settings = TrainSettings(
-        data=_own_sources(standard_library()), output=output, held_out=0.05, steps=steps, seed=seed
+        data=library_sources(), output=output, vocab_size=2048, held_out=0.05, steps=steps, seed=seed
     )
     result = train(settings)
     trained = time.perf_counter() - started

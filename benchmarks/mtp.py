@@ -1,0 +1,106 @@
+"""Speculative decoding with MTP: our plain decoding, ours with MTP, transformers' own plain decoding, in turns.
+
+On a model folder (that of `make demo`, say), greedy, on prompts from its held-out text: tokens a forward of the main
+model against the acceptance measured by teacher forcing, and wall time. Correctness comes first: all three must give
+the same tokens, or nothing is timed.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+# Run as a script, Python looks for modules beside it, where kernels.py would pass for the `kernels` package.
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+from transformers import AutoTokenizer
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3ForCausalLM as NativeForCausalLM
+
+from benchmarks.common import alternate, finish, ratio
+from deepseek_v3 import DeepseekV3ForCausalLM
+from deepseek_v3.training.data import pack, read_texts, split_texts, text_files
+from deepseek_v3.training.evaluation import mtp_acceptance
+
+
+def held_out(tokenizer, sources, share, count, length):
+    """`count` token blocks of held-out text."""
+    _, pairs = split_texts(read_texts(text_files(sources)), share)
+    return pack([text for _, text in pairs], tokenizer, length)["input_ids"][:count]
+
+
+def generate(model, prompts, new, **kwargs):
+    return model.generate(
+        prompts,
+        attention_mask=torch.ones_like(prompts),
+        max_new_tokens=new,
+        min_new_tokens=new,
+        do_sample=False,
+        **kwargs,
+    )
+
+
+def measure(ours, native, prompts, new, depth, rounds):
+    """Ratio of wall times, and the statistics of the speculative run."""
+    runs = {
+        "plain": lambda: generate(ours, prompts, new),
+        "mtp": lambda: generate(ours, prompts, new, use_mtp=True, num_assistant_tokens=depth),
+        "native": lambda: generate(native, prompts, new),
+    }
+    outputs = {name: run() for name, run in runs.items()}
+    for name, output in outputs.items():
+        if not torch.equal(output, outputs["plain"]):
+            sys.exit(f"{name} decoding gives other tokens; nothing is timed")
+    seconds = alternate(runs, rounds)
+    kwargs = {"use_mtp": True, "num_assistant_tokens": depth, "return_dict_in_generate": True}
+    statistics = generate(ours, prompts, new, **kwargs).mtp
+    return ratio(seconds["plain"], seconds["mtp"]), ratio(seconds["native"], seconds["mtp"]), statistics
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="runs/demo", help="model folder with MTP and a tokenizer")
+    parser.add_argument("--data", nargs="+", help="text to take prompts from (default: the demo's)")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--depth", nargs="+", default=["1", "2", "auto"], help="num_assistant_tokens")
+    parser.add_argument("--new", type=int, default=96)
+    parser.add_argument("--prompt", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--output")
+    options = parser.parse_args()
+    ours = DeepseekV3ForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
+    native = NativeForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    if options.data is None:
+        from deepseek_v3.training.demo import library_sources
+
+        options.data = library_sources()
+    blocks = held_out(tokenizer, options.data, 0.05, max(options.batch), options.prompt)
+    forced = mtp_acceptance(ours, held_out(tokenizer, options.data, 0.05, 40, 256))
+    rows, points = [], []
+    for batch in options.batch:
+        for depth in options.depth:
+            asked = depth if depth == "auto" else int(depth)
+            prompts = torch.tensor(blocks[:batch])
+            plain, theirs, statistics = measure(ours, native, prompts, options.new, asked, options.rounds)
+            rows.append(
+                [batch, depth, statistics.depth, statistics.tokens_per_step, plain["median"], theirs["median"]]
+            )
+            point = {
+                "batch": batch,
+                "asked": depth,
+                "depth": statistics.depth,
+                "over_plain": plain,
+                "over_native": theirs,
+            }
+            points.append(
+                {**point, "tokens_per_step": statistics.tokens_per_step, "acceptance": statistics.acceptance}
+            )
+    columns = ["batch", "asked", "depth", "tokens a step", "x our plain", "x native plain"]
+    print(f"acceptance by teacher forcing: {json.dumps(forced)}")
+    finish("mtp", columns, rows, {"teacher_forced_acceptance": forced, "points": points}, options.output)
+
+
+if __name__ == "__main__":
+    with torch.inference_mode():
+        main()
