@@ -15,6 +15,7 @@ from .modeling_deepseek_v3 import (
     DeepseekV3PreTrainedModel,
     LatentCache,
 )
+from .quantization import FP8Config
 from .registration import register, unregister
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ __all__ = [
     "DeepseekV3ForTokenClassification",
     "DeepseekV3Model",
     "DeepseekV3PreTrainedModel",
+    "FP8Config",
     "KimiK2Config",
     "LatentCache",
     "RouterBalanceCallback",

@@ -20,6 +20,7 @@ from .modeling_deepseek_v3 import (
     DeepseekV3Model,
 )
 from .modeling_deepseek_v3.checkpoint import register_converters
+from .quantization import quantizer
 
 _CONFIGS = (DeepseekV3Config, KimiK2Config)
 _MODELS: dict[Any, Any] = {
@@ -37,11 +38,13 @@ def register() -> None:
         for auto, model in _MODELS.items():
             # The mapping itself, not `auto.register`: that one insists on a single config class for a model.
             auto._model_mapping.register(config, model, exist_ok=True)
+    quantizer.register()
     register_converters(tuple(config.model_type for config in _CONFIGS))
 
 
 def unregister() -> None:
     """Give `model_type` "deepseek_v3" back to transformers' own classes; "kimi_k2" is unknown again."""
+    quantizer.unregister()
     for config in _CONFIGS:
         CONFIG_MAPPING._extra_content.pop(config.model_type, None)
         for auto in _MODELS:

@@ -16,6 +16,10 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .validation import check
 
+# What `quant_method: fp8` of a config.json is called in memory: under its own name transformers would build its FP8
+# linear, which takes kernels from the Hub.
+FP8_METHOD = "deepseek_fp8"
+
 # Derived from other fields at every construction, hence never written.
 _DERIVED = ("head_dim", "qk_head_dim")
 
@@ -152,6 +156,7 @@ class DeepseekV3Config(PreTrainedConfig):
         # The base class completes these dictionaries in place; the caller's own stay as they were.
         self.rope_parameters = deepcopy(self.rope_parameters)
         super().__post_init__(**deepcopy(kwargs))
+        self._rename_quantization("fp8", FP8_METHOD, self.__dict__)
         self.check()
 
     def check(self) -> None:
@@ -169,9 +174,16 @@ class DeepseekV3Config(PreTrainedConfig):
         saved = 2 * latent - expanded
         return latent * expanded / saved if saved > 0 else float("inf")
 
+    @staticmethod
+    def _rename_quantization(old: str, new: str, values: dict[str, Any]) -> None:
+        quantization = values.get("quantization_config")
+        if isinstance(quantization, dict) and quantization.get("quant_method") == old:
+            values["quantization_config"] = {**quantization, "quant_method": new}
+
     def to_dict(self) -> dict[str, Any]:
-        """The configuration with its RoPE settings as the published files spell them."""
+        """The configuration with its RoPE settings and quantisation as the published files spell them."""
         output = super().to_dict()
+        self._rename_quantization(FP8_METHOD, "fp8", output)
         for name in _DERIVED:
             output.pop(name, None)
         rope = dict(output.pop("rope_parameters", None) or {})
@@ -184,6 +196,7 @@ class DeepseekV3Config(PreTrainedConfig):
     def to_diff_dict(self) -> dict[str, Any]:
         """What config.json holds; older readers know the dtype as `torch_dtype`, as in the published files."""
         output = super().to_diff_dict()
+        self._rename_quantization(FP8_METHOD, "fp8", output)
         if output.get("dtype") is not None:
             output["torch_dtype"] = output["dtype"]
         return output

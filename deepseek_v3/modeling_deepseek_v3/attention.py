@@ -16,6 +16,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..quantization import FP8Linear
 from .cache import joint_latents
 from .layers import DeepseekV3RMSNorm
 from .rope import apply_rope, softmax_scale
@@ -38,12 +39,16 @@ def choose_form(config: Any, queries: int, keys: int, cached: bool) -> str:
 def effective_weight(linear: nn.Module, like: torch.Tensor) -> torch.Tensor:
     """The matrix [out, in] that `linear` applies now, whatever wraps it.
 
-    A plain linear lends its own weight, so an update is seen at once. Anything else (adapters, quantised weights,
-    offload hooks) is asked for its products with the unit vectors, which no wrapper can make stale.
+    A plain linear lends its own weight, so an update is seen at once, and one in FP8 dequantises it each time.
+    Anything else (adapters, other quantised weights, offload hooks) is asked for its products with the unit vectors,
+    which no wrapper can make stale.
     """
     plain = type(linear) is nn.Linear or hasattr(linear, "parametrizations")
-    if plain and not hasattr(linear, "_hf_hook") and linear.weight.device.type != "meta":
-        return linear.weight  # type: ignore[return-value]
+    if not hasattr(linear, "_hf_hook") and linear.weight.device.type != "meta":
+        if plain:
+            return linear.weight  # type: ignore[return-value]
+        if isinstance(linear, FP8Linear):
+            return linear.dequantized(like.dtype)
     unit = torch.eye(linear.in_features, dtype=like.dtype, device=like.device)  # type: ignore[call-overload]
     return linear(unit).transpose(0, 1)
 

@@ -8,7 +8,9 @@ import copy
 import json
 import os
 import re
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
@@ -16,22 +18,37 @@ from transformers.core_model_loading import Concatenate, MergeModulelist, Weight
 from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, logging
 
+from ..quantization import (
+    FP8Config,
+    dequantized_state_dict,
+    is_fp8,
+    keeps_fp8,
+    load_streamed,
+    quantized_state_dict,
+    requested_config,
+    requesting,
+)
+
 logger = logging.get_logger(__name__)
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
 def expert_converters() -> list[WeightConverter]:
-    """Per-expert official names to the fused parameters, and back on saving."""
+    """Per-expert official names to the fused parameters (and scales, of experts kept in FP8), and back on saving."""
+    return [converter for suffix in ("", "_scale_inv") for converter in _expert_converters(suffix)]
+
+
+def _expert_converters(suffix: str) -> list[WeightConverter]:
     return [
         WeightConverter(
-            source_patterns=["mlp.experts.*.gate_proj.weight", "mlp.experts.*.up_proj.weight"],
-            target_patterns="mlp.experts.gate_up_proj",
+            source_patterns=[f"mlp.experts.*.{name}_proj.weight{suffix}" for name in ("gate", "up")],
+            target_patterns=f"mlp.experts.gate_up_proj{suffix}",
             operations=[MergeModulelist(dim=0), Concatenate(dim=1)],
         ),
         WeightConverter(
-            source_patterns="mlp.experts.*.down_proj.weight",
-            target_patterns="mlp.experts.down_proj",
+            source_patterns=f"mlp.experts.*.down_proj.weight{suffix}",
+            target_patterns=f"mlp.experts.down_proj{suffix}",
             operations=[MergeModulelist(dim=0)],
         ),
     ]
@@ -79,10 +96,31 @@ class LoadingMixin:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, for official, transformers-saved and Trainer-saved folders, after `check_index`."""
+        """As in transformers, for official (FP8 or BF16), transformers-saved and Trainer-saved folders.
+
+        Args:
+            quantization_config: an `FP8Config` says what becomes of FP8 weights.
+
+        Raises:
+            ValueError: an index that leaves its folder; FP8 weights without scales that fit, or of another kind.
+            FileNotFoundError: a shard that is missing.
+        """
         if pretrained_model_name_or_path is not None and os.path.isdir(pretrained_model_name_or_path):
             check_index(os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
+        wanted = requested_config(kwargs.pop("quantization_config", None))
+        if wanted is not None and not isinstance(wanted, FP8Config):
+            kwargs["quantization_config"] = wanted
+        with requesting(wanted):
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
+
+    @staticmethod
+    def _load_pretrained_model(
+        model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, expected_keys: Any = None
+    ) -> Any:
+        from transformers.modeling_utils import PreTrainedModel
+
+        loader = PreTrainedModel._load_pretrained_model
+        return load_streamed(loader, model, state_dict, checkpoint_files, load_config, expected_keys)
 
     @staticmethod
     def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
@@ -93,11 +131,93 @@ class LoadingMixin:
         model._weight_conversions = None
         return PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
 
-    def save_pretrained(self, save_directory: Any, *args: Any, state_dict: Any = None, **kwargs: Any) -> Any:
-        """As in transformers, with the official names, MTP modules and their copies of embedding and head included."""
+    def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in torch, for own and official names; FP8 weights are dequantised where the model keeps none.
+
+        Raises:
+            ValueError: FP8 codes without their scale, for a weight that the model does not keep in FP8.
+        """
+        return super().load_state_dict(dequantized_state_dict(self, state_dict), *args, **kwargs)  # type: ignore[misc]
+
+    def save_pretrained(
+        self,
+        save_directory: Any,
+        *args: Any,
+        state_dict: Any = None,
+        quantize: str | None = None,
+        scale_fmt: str | None = None,
+        original: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As in transformers, with the official names, MTP modules and their copies of embedding and head included.
+
+        FP8 weights that were kept are written back bit for bit.
+
+        Args:
+            quantize: "fp8" writes the official FP8 layout: E4M3 codes in 128 x 128 blocks, the rest BF16.
+            scale_fmt: with `quantize`, None for float32 scales or "ue8m0" for powers of two.
+            original: with `quantize`, the folder of the FP8 checkpoint that this model was fine-tuned from: weights
+                that are still what it holds keep its codes, and what rounding does to the others is reported.
+
+        Raises:
+            ValueError: another `quantize` or `scale_fmt`; weights that are not finite; kept codes whose scales
+                `scale_fmt` cannot hold; `quantize` for a model with adapters, or together with `push_to_hub`.
+        """
+        save, model = super().save_pretrained, cast(Any, self)  # type: ignore[misc]
+        if quantize is not None or scale_fmt is not None or original is not None:
+            _check_quantize(self, quantize, scale_fmt, kwargs)
+            state_dict = quantized_state_dict(
+                cast(dict, _with_mtp_copies(self, state_dict or model.state_dict())),
+                self.config,
+                scale_fmt=scale_fmt,
+                fetch=lambda name: load_offloaded_parameter(model, name),
+                tied=getattr(self, "all_tied_weights_keys", None) or (),
+                original=None if original is None else os.fspath(original),
+            )
+            with _described_as(self.config, FP8Config(scale_fmt=scale_fmt)):
+                self._hand_over(state_dict)
+                result = save(save_directory, *args, state_dict=state_dict, **kwargs)
+                written = copy.deepcopy(self.config)
+                written.dtype = "bfloat16"
+                written.save_pretrained(save_directory)
+            return result
         if not getattr(self, "_hf_peft_config_loaded", False):
             state_dict = _with_mtp_copies(self, state_dict)
-        return super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)  # type: ignore[misc]
+            self._hand_over(state_dict)
+            if not keeps_fp8(model) and is_fp8(getattr(self.config, "quantization_config", None)):
+                del self.config.quantization_config
+        return save(save_directory, *args, state_dict=state_dict, **kwargs)
+
+    def _hand_over(self, state_dict: Any) -> None:
+        """transformers takes a quantised model's tensors from its quantiser and from nowhere else."""
+        model = cast(Any, self)
+        if keeps_fp8(model):
+            model.hf_quantizer.state_dict_to_save = state_dict
+
+
+def _check_quantize(model: Any, quantize: str | None, scale_fmt: str | None, kwargs: dict) -> None:
+    if quantize != "fp8":
+        raise ValueError(f"quantize={quantize!r}: only 'fp8' can be written; scale_fmt and original go with it")
+    if scale_fmt not in (None, "ue8m0"):
+        raise ValueError(f"scale_fmt={scale_fmt!r}: choose None (float32 scales) or 'ue8m0' (powers of two)")
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError("quantize='fp8' writes whole models; merge the adapters first")
+    if kwargs.get("push_to_hub"):
+        raise ValueError("quantize='fp8' writes a folder; upload that folder afterwards")
+
+
+@contextmanager
+def _described_as(config: Any, quantization: FP8Config) -> Iterator[None]:
+    """`config` with another quantization_config for the time of saving."""
+    before = config.__dict__.get("quantization_config")
+    config.quantization_config = quantization
+    try:
+        yield
+    finally:
+        if before is None:
+            del config.quantization_config
+        else:
+            config.quantization_config = before
 
 
 def _settle_mtp(model: Any, loading_info: Any) -> None:

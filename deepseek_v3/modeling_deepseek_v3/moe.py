@@ -6,7 +6,6 @@ are two 3-D parameters (`gate_up_proj`, `down_proj`) that also accept the offici
 Letters: B batch, T tokens, D hidden, E routed experts, K experts a token, G groups, F expert width.
 """
 
-import re
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 
+from ..quantization import fuse_official_names
 from .layers import DeepseekV3MLP
 
 
@@ -138,45 +138,6 @@ class DeepseekV3Experts(nn.Module):
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest: Any) -> None:
         fuse_official_names(self, state_dict, prefix, missing=rest[2], errors=rest[4])
         super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[call-arg]
-
-
-def fuse_official_names(
-    experts: DeepseekV3Experts, state_dict: dict, prefix: str, missing: list[str], errors: list[str]
-) -> None:
-    """Turn `{e}.gate_proj.weight`, `{e}.up_proj.weight`, `{e}.down_proj.weight` below `prefix` into the fused names.
-
-    Without this, `load_state_dict` of a saved folder finds no experts and leaves them as they are. A shard may hold
-    some experts only: these rows are replaced, the others keep their value and are reported in `missing`, so that
-    shards can be loaded one after another.
-    """
-    pattern = re.compile(re.escape(prefix) + r"(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
-    found = {key: match for key in state_dict if (match := pattern.fullmatch(key))}
-    if not found:
-        return
-    width = experts.intermediate_dim
-    rows = {"gate_proj": slice(0, width), "up_proj": slice(width, 2 * width), "down_proj": slice(None)}
-    fused: dict[str, torch.Tensor] = {}
-    for key, match in found.items():
-        expert, name = int(match[1]), match[2]
-        if expert >= experts.num_experts:
-            continue  # left in place: load_state_dict reports it as unexpected
-        target = "down_proj" if name == "down_proj" else "gate_up_proj"
-        parameter, tensor = getattr(experts, target), state_dict.pop(key)
-        if target not in fused:
-            fused[target] = (
-                torch.empty_like(parameter, device="cpu") if parameter.is_meta else parameter.detach().clone()
-            )
-        place = fused[target][expert, rows[name]]
-        if place.shape != tensor.shape:
-            errors.append(
-                f"size mismatch for {key}: {tuple(tensor.shape)} in the file, {tuple(place.shape)} in the model"
-            )
-        else:
-            place.copy_(tensor)
-    names = (f"{prefix}{e}.{name}.weight" for e in range(experts.num_experts) for name in rows)
-    missing.extend(name for name in names if name not in found)
-    for target, value in fused.items():
-        state_dict[prefix + target] = value
 
 
 class DeepseekV3MoE(nn.Module):

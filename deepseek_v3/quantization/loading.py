@@ -1,0 +1,154 @@
+"""Feeding transformers' loader one tensor at a time, so that loading needs the model's memory and little beside.
+
+Special about it: transformers reads every expert's tensors ahead and then stacks and joins them, two copies of a
+layer and as many layers ahead as the disk is faster than the copies. Here an expert's tensor is read, and where asked
+dequantised, straight into its place in the fused parameter.
+
+Letters: E routed experts, F expert width, D hidden.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import torch
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+from .config import FP8Config, request
+from .quantizer import DeepseekFP8Quantizer
+from .stored import SCALE_SUFFIX, CheckpointTensors, Deferred, DequantizedTensor, StoredTensor
+
+_EXPERTS = "mlp.experts."
+_READERS = min(4, os.cpu_count() or 1)
+_TORCH_DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+
+class FuseExperts(ConversionOps):
+    """Per-expert tensors into one [E, rows, columns] parameter, the parts (gate, up) one below the other."""
+
+    def __init__(self, errors: list[ValueError]) -> None:
+        self.errors = errors
+
+    def __deepcopy__(self, memo: Any) -> "FuseExperts":
+        # transformers copies a converter for each layer; what goes wrong is collected in one list.
+        return self
+
+    def convert(  # type: ignore[override]
+        self,
+        input_dict: dict[str, list[Any]],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        full_layer_name: str,
+        model: Any,
+        **kwargs: Any,
+    ) -> dict[str, torch.Tensor]:
+        try:
+            parts = [input_dict.pop(pattern, []) for pattern in source_patterns]
+            fused = _fuse(full_layer_name, parts, source_patterns, model.get_parameter_or_buffer(full_layer_name))
+        except ValueError as error:
+            self.errors.append(error)
+            raise
+        return {target_patterns[0]: fused}
+
+
+def _fuse(name: str, parts: list[list[Deferred]], patterns: list[str], like: torch.Tensor) -> torch.Tensor:
+    experts = like.shape[0]
+    for tensors, pattern in zip(parts, patterns, strict=True):
+        if len(tensors) != experts:
+            raise ValueError(
+                f"{name} needs {experts} tensors {pattern} and the checkpoint holds {len(tensors)}. Download the "
+                "missing shard, or correct n_routed_experts in config.json"
+            )
+    rows, columns = like.shape[1] // len(parts), like.shape[2]
+    first = parts[0][0]
+    dtype = torch.float32 if first.stored.name.endswith(SCALE_SUFFIX) else first.dtype
+    fused = torch.empty(like.shape, dtype=dtype or _TORCH_DTYPES[first.get_dtype()], device=first.device)
+
+    def place(part: int, expert: int) -> None:
+        tensor = parts[part][expert]
+        if tensor.get_shape() != [rows, columns]:
+            shape = tensor.get_shape()
+            raise ValueError(f"{tensor.stored.name} has shape {shape}, config.json says {[rows, columns]}")
+        fused[expert, part * rows : (part + 1) * rows].copy_(tensor.read())
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        jobs = [pool.submit(place, part, expert) for part in range(len(parts)) for expert in range(experts)]
+        for job in jobs:
+            job.result()
+    return fused
+
+
+def _streamed(
+    checkpoint: CheckpointTensors, dequantized: set[str], load_config: Any, errors: list[ValueError]
+) -> tuple[dict[str, Any], Any]:
+    """The state dict and the `LoadStateDictConfig` to hand to transformers' loader.
+
+    Args:
+        checkpoint: the files.
+        dequantized: names of the FP8 weights that the model wants without their scales.
+        load_config: transformers', whose converters of experts are replaced in the copy that is returned.
+        errors: what a converter raises is collected here, since the loader only reports it.
+    """
+    mapping, readers = [], []
+    for entry in load_config.weight_mapping or []:
+        if isinstance(entry, WeightConverter) and _EXPERTS in entry.target_patterns[0]:
+            entry = entry.copy(
+                entry._original_source_patterns, entry._original_target_patterns, operations=[FuseExperts(errors)]
+            )
+            readers.append(entry)
+        mapping.append(entry)
+    state_dict: dict[str, Any] = {}
+    for name in checkpoint:
+        if name.endswith(SCALE_SUFFIX) and name.removesuffix(SCALE_SUFFIX) in dequantized:
+            continue
+        stored = (DequantizedTensor if name in dequantized else StoredTensor)(checkpoint, name)
+        fused = any(entry.rename_source_key(name)[1] is not None for entry in readers)
+        state_dict[name] = Deferred(stored) if fused else stored
+    return state_dict, replace(load_config, weight_mapping=mapping)
+
+
+def load_streamed(
+    loader: Callable, model: Any, state_dict: Any, files: list[str] | None, load_config: Any, expected_keys: Any
+) -> Any:
+    """`PreTrainedModel._load_pretrained_model` over tensors that are read one at a time, FP8 ones with their scales.
+
+    Raises:
+        ValueError: FP8 weights that config.json does not announce, that do not come from safetensors files, or that
+            are to be spread over devices by a parallel plan; experts that are missing; FP8 asked of BF16 files.
+    """
+    quantizer, wanted = load_config.hf_quantizer, request()
+    fp8 = isinstance(quantizer, DeepseekFP8Quantizer)
+    if wanted is not None and wanted.keep and not (fp8 and quantizer.codes):
+        raise ValueError(
+            "FP8Config(keep=True): the checkpoint holds no FP8 weights. Write one that does with "
+            "save_pretrained(folder, quantize='fp8'), or load it without"
+        )
+    safetensors = state_dict is None and bool(files) and files[0].endswith(".safetensors")  # type: ignore[index]
+    spread = load_config.device_mesh is not None
+    foreign = quantizer is not None and not fp8
+    if fp8 and quantizer.codes and (spread or not safetensors):
+        why = "a parallel plan splits tensors" if spread else "its weights are no safetensors files"
+        raise ValueError(f"the checkpoint is FP8 and {why}. Convert it to BF16 first: deepseek-v3 convert --to bf16")
+    if not safetensors or foreign or spread or (is_deepspeed_zero3_enabled() and quantizer is None):
+        return loader(model, state_dict, files, load_config, expected_keys)
+    checkpoint = quantizer.checkpoint if fp8 else CheckpointTensors(files or [])
+    if not fp8 and (codes := checkpoint.fp8_weights()):
+        raise ValueError(
+            f"{min(codes)} and {len(codes) - 1} other weights are FP8 and config.json has no quantization_config. "
+            f"Add this to it: {json.dumps(FP8Config().to_dict())}"
+        )
+    errors: list[ValueError] = []
+    dequantized = quantizer.dequantized if fp8 else set()
+    tensors, load_config = _streamed(checkpoint, dequantized, load_config, errors)
+    try:
+        # Where a tensor is not what the file holds, an offloaded one must not be read from that file.
+        result = loader(model, tensors, None if dequantized else files, load_config, expected_keys)
+    finally:
+        checkpoint.close()
+    if errors:
+        raise errors[0]
+    return result
