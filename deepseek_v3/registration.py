@@ -10,9 +10,11 @@ from transformers import (
     AutoModelForTokenClassification,
     conversion_mapping,
 )
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .configuration.configuration_deepseek_v3 import DeepseekV3Config, KimiK2Config
+from .kernels import experts_forward
 from .modeling_deepseek_v3 import (
     DeepseekV3ForCausalLM,
     DeepseekV3ForSequenceClassification,
@@ -39,6 +41,8 @@ def register() -> None:
             # The mapping itself, not `auto.register`: that one insists on a single config class for a model.
             auto._model_mapping.register(config, model, exist_ok=True)
     quantizer.register()
+    # For any transformers MoE of this layout: `experts_implementation="deepseek_v3"`.
+    ALL_EXPERTS_FUNCTIONS.register("deepseek_v3", experts_forward)
     register_converters(tuple(config.model_type for config in _CONFIGS))
 
 

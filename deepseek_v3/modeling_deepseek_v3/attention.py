@@ -9,17 +9,25 @@ Letters: B batch, T query tokens, S cached tokens, H heads, D hidden, C kv_lora_
 N qk_nope_head_dim, V v_head_dim.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..kernels import mla_decode
 from ..quantization import FP8Linear
 from .cache import joint_latents
 from .layers import DeepseekV3RMSNorm
 from .rope import apply_rope, softmax_scale
+
+
+class Spans(NamedTuple):
+    """The slots that each row's newest query sees, [starts, lengths), int32 [B]; None for all of them."""
+
+    starts: torch.Tensor | None
+    lengths: torch.Tensor | None
 
 
 def choose_form(config: Any, queries: int, keys: int, cached: bool) -> str:
@@ -108,6 +116,45 @@ def absorbed_attention(
     return output.transpose(1, 2), probabilities
 
 
+def fused_absorbed_attention(
+    query: tuple[torch.Tensor, torch.Tensor],
+    latents: torch.Tensor,
+    weight: torch.Tensor,
+    spans: Spans,
+    scaling: float,
+) -> torch.Tensor:
+    """`absorbed_attention` through the decode kernel: [B, T, H, V], the newest T queries over `spans` of the cache."""
+    q_nope, q_rope = query
+    heads, nope, rank = q_nope.shape[1], q_nope.shape[3], weight.shape[-1]
+    weight = weight.view(heads, -1, rank)
+    mixed, _ = mla_decode(
+        _per_head(q_nope, weight[:, :nope]).transpose(1, 2),
+        q_rope.transpose(1, 2),
+        latents[..., :rank],
+        latents[..., rank:],
+        scale=scaling,
+        lengths=spans.lengths,
+        starts=spans.starts,
+    )
+    return _per_head(mixed.transpose(1, 2), weight[:, nope:].transpose(1, 2)).transpose(1, 2)
+
+
+def spans_of(mask: torch.Tensor | None, queries: int) -> Spans | None:
+    """What a boolean mask [B or 1, 1, T, S] shows, as spans for the decode kernel; None if it shows anything else.
+
+    One host read a forward, where there is a mask.
+    """
+    if mask is None:
+        return Spans(None, None) if queries == 1 else None
+    seen = mask[:, 0]  # [B, T, S]
+    last = seen[:, -1].int()
+    starts, lengths = last.argmax(dim=-1), last.shape[-1] - last.flip(-1).argmax(dim=-1)
+    slots = torch.arange(last.shape[-1], device=mask.device)
+    ends = lengths[:, None] - torch.arange(queries - 1, -1, -1, device=mask.device)  # [B, T]
+    span = (slots >= starts[:, None, None]) & (slots < ends[..., None])
+    return Spans(starts.int(), lengths.int()) if bool((span == seen).all()) else None
+
+
 def _per_head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x [B, H, T, i] times each head's weight [H, i, o], one product a head for the whole batch: [B, H, T, o]."""
     batch, heads, length, width = x.shape
@@ -158,6 +205,7 @@ class DeepseekV3Attention(nn.Module):
         attention_mask: Any = None,
         past_key_values: Cache | None = None,
         mla_form: str = "expanded",
+        mla_spans: Spans | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attend, writing the new latents to the cache.
@@ -168,6 +216,7 @@ class DeepseekV3Attention(nn.Module):
             attention_mask: for "expanded" what the attention back end takes, for "absorbed" a [B, 1, T, S] mask.
             past_key_values: any transformers cache.
             mla_form: "expanded" or "absorbed".
+            mla_spans: what `attention_mask` shows, where the decode kernel is to serve the absorbed form.
 
         Returns:
             [B, T, D], and the attention weights [B, H, T, S] where the back end gives them.
@@ -179,6 +228,9 @@ class DeepseekV3Attention(nn.Module):
         if mla_form == "absorbed":
             joint = joint_latents(past_key_values, self.layer_idx, latents)
             weight = effective_weight(self.kv_b_proj, joint)
+            if mla_spans is not None:
+                output = fused_absorbed_attention(query, joint, weight, mla_spans, self.scaling)
+                return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), None
             dropout = self.attention_dropout if self.training else 0.0
             output, weights = absorbed_attention(query, joint, weight, attention_mask, self.scaling, dropout)
             shown = weights if self.config._attn_implementation == "eager" else None

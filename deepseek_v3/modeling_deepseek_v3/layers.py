@@ -6,6 +6,12 @@ Letters: D hidden, F inner width.
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
+from transformers.utils.import_utils import is_torchdynamo_compiling
+
+
+def on_kernels(x: torch.Tensor) -> bool:
+    """Whether fused forward kernels serve `x`: on a GPU, where no gradient is wanted and no compiler fuses."""
+    return x.is_cuda and not torch.is_grad_enabled() and not is_torchdynamo_compiling()
 
 
 class DeepseekV3RMSNorm(nn.Module):
@@ -17,6 +23,8 @@ class DeepseekV3RMSNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if on_kernels(hidden_states):
+            return nn.functional.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
         input_dtype = hidden_states.dtype
         hidden_states = hidden_states.to(torch.float32)
         variance = hidden_states.pow(2).mean(-1, keepdim=True)

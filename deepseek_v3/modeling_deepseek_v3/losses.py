@@ -69,8 +69,11 @@ def head_cross_entropy_sum(
         labels: [n], int64, -100 for rows that count nothing.
         vocabulary: W.
     """
+    chunks = _row_chunks(hidden.shape[0], vocabulary)
+    if len(chunks) == 1:  # small enough to keep: no second way through the head
+        return _head_loss(head, hidden, labels)
     total = hidden.new_zeros((), dtype=torch.float32)
-    for rows in _row_chunks(hidden.shape[0], vocabulary):
+    for rows in chunks:
         total = total + checkpoint(_head_loss, head, hidden[rows], labels[rows], use_reentrant=False)  # type: ignore[operator]
     return total
 

@@ -18,16 +18,18 @@ from transformers.utils.import_utils import is_torchdynamo_compiling
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..configuration.configuration_deepseek_v3 import DeepseekV3Config
-from .attention import DeepseekV3Attention, choose_form
+from .attention import DeepseekV3Attention, Spans, choose_form, spans_of
 from .cache import LatentCache, check_cache
 from .checkpoint import LoadingMixin
 from .decoder import DeepseekV3DecoderLayer, DeepseekV3MTPLayer
-from .layers import DeepseekV3RMSNorm
+from .layers import DeepseekV3RMSNorm, on_kernels
 from .moe import DeepseekV3Experts, DeepseekV3MoE, DeepseekV3TopkRouter
 from .outputs import DeepseekV3ModelOutput
 from .rope import DeepseekV3RotaryEmbedding
 
 logger = logging.get_logger(__name__)
+
+_KERNEL_QUERIES = 8  # query tokens that the decode kernel takes at once: one, or one and its drafts
 
 
 class DeepseekV3PreTrainedModel(LoadingMixin, PreTrainedModel):
@@ -63,6 +65,12 @@ class DeepseekV3PreTrainedModel(LoadingMixin, PreTrainedModel):
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
         return True
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """Ours where nothing is asked for and a GPU is there; else what transformers would take."""
+        if requested_experts is None and torch.cuda.is_available():
+            requested_experts = "deepseek_v3"
+        return super().get_correct_experts_implementation(requested_experts)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -141,7 +149,7 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel):
             check_cache(past_key_values, self.config, batch)
             seen = past_key_values.get_seq_length()
         positions = self._positions(position_ids, batch, length, seen, embeds.device)
-        form, mask = self.mask(embeds, attention_mask, positions, past_key_values, form=mla_form)
+        form, mask, spans = self.mask(embeds, attention_mask, positions, past_key_values, form=mla_form)
         hidden_states, balance_loss = self.run_layers(
             embeds,
             wanted=router_statistics or self.training,
@@ -152,6 +160,7 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel):
             past_key_values=past_key_values,
             use_cache=use_cache,
             mla_form=form,
+            mla_spans=spans,
             **kwargs,
         )
         keep_pre_norm = self.mtp_layers and self.config.mtp_hidden_state == "pre_norm"
@@ -188,8 +197,9 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel):
         past_key_values: Cache | None,
         layer_idx: int = 0,
         form: str | None = None,
-    ) -> tuple[str, Any]:
-        """The form of attention for this forward, and the mask that the form takes."""
+    ) -> tuple[str, Any, Spans | None]:
+        """The form of attention for this forward, the mask that it takes, and where the decode kernel serves it, what
+        the mask shows."""
         length = inputs_embeds.shape[1]
         keys = length
         if past_key_values is not None:
@@ -210,7 +220,11 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel):
             position_ids=position_ids,
             layer_idx=layer_idx,
         )
-        return form, mask
+        spans = None
+        few = form == "absorbed" and length <= _KERNEL_QUERIES
+        if few and on_kernels(inputs_embeds) and self.config._attn_implementation != "eager":
+            spans = spans_of(mask, length)  # type: ignore[arg-type]
+        return form, mask, spans
 
     def _embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
         if (input_ids is None) == (inputs_embeds is None):

@@ -13,8 +13,9 @@ from torch import nn
 from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 
+from ..kernels import route
 from ..quantization import fuse_official_names
-from .layers import DeepseekV3MLP
+from .layers import DeepseekV3MLP, on_kernels
 
 
 class DeepseekV3TopkRouter(nn.Module):
@@ -42,6 +43,17 @@ class DeepseekV3TopkRouter(nn.Module):
         # Under autocast a linear would run in the low dtype whatever its inputs are.
         with torch.autocast(hidden_states.device.type, enabled=False):
             logits = nn.functional.linear(hidden_states.float(), self.weight.float())
+        if on_kernels(logits):
+            indices, weights = route(
+                logits,
+                self.e_score_correction_bias,
+                groups=self.num_group,
+                kept_groups=self.topk_group,
+                top_k=self.top_k,
+                normalise=self.norm_topk_prob,
+                scaling=self.routed_scaling_factor,
+            )
+            return logits, weights, indices
         scores = logits.sigmoid()
         indices = self._choose(scores + self.e_score_correction_bias)
         weights = scores.gather(1, indices)

@@ -69,7 +69,7 @@ def run_depth(
 ) -> torch.Tensor:
     """One MTP module over [B, T, D] states and embeddings: the residual stream before `shared_head.norm`."""
     past_key_values, layer_idx = kwargs.get("past_key_values"), layer.self_attn.layer_idx
-    form, mask = model.mask(
+    form, mask, spans = model.mask(
         previous, attention_mask, position_ids, past_key_values, layer_idx=layer_idx, form=kwargs.pop("mla_form", None)
     )
     output = layer(
@@ -78,6 +78,7 @@ def run_depth(
         position_embeddings=model.rotary_emb(previous, position_ids),
         attention_mask=mask,
         mla_form=form,
+        mla_spans=spans,
         router_statistics=model.training,
         token_mask=None if attention_mask is None or attention_mask.dim() != 2 else attention_mask.bool(),
         **kwargs,

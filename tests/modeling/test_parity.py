@@ -5,6 +5,7 @@ import torch
 from transformers import DynamicCache
 
 from deepseek_v3 import LatentCache
+from deepseek_v3.modeling_deepseek_v3.attention import absorbed_attention, fused_absorbed_attention, spans_of
 from twins import YARN, make_model, native_twin
 
 TOLERANCE = 1e-5
@@ -135,3 +136,34 @@ def test_right_padding_changes_no_real_token(q_lora, tokens):
         alone = model(tokens[1:, :15]).logits
         batch = model(tokens, attention_mask=mask).logits[1:, :15]
     assert relative(batch, alone) < TOLERANCE
+
+
+@pytest.mark.parametrize("length", [1, 4])
+@pytest.mark.parametrize("side", ["none", "left", "ragged"])
+def test_the_decode_kernels_form_equals_the_plain_absorbed_one(length, side):
+    """On the CPU the kernel's torch truth runs: what is held here is how the model calls it."""
+    batch, heads, nope, rank, rope, slots = 3, 4, 16, 32, 8, 20
+    query = (torch.randn(batch, heads, length, nope), torch.randn(batch, heads, length, rope))
+    latents, weight = torch.randn(batch, slots, rank + rope), torch.randn(heads * (nope + 16), rank)
+    ends = torch.tensor([20, 20, 20] if side != "ragged" else [20, 9, 14])
+    starts = torch.tensor([0, 0, 0] if side == "none" else [0, 3, 5])
+    seen = torch.arange(slots) < (ends[:, None] - torch.arange(length - 1, -1, -1))[..., None]
+    mask = (seen & (torch.arange(slots) >= starts[:, None, None]))[:, None]
+    spans = spans_of(mask, length)
+    assert spans.starts.tolist() == starts.tolist()
+    assert spans.lengths.tolist() == ends.tolist()
+    fused = fused_absorbed_attention(query, latents, weight, spans, 0.3)
+    plain, _ = absorbed_attention(query, latents, weight, mask, 0.3)
+    torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-5)
+    mask[0, 0, -1, 7] = False  # a gap is no span
+    assert spans_of(mask, length) is None
+
+
+def test_our_experts_serve_any_model_of_the_layout(tokens):
+    model = make_model()
+    native = native_twin(model)
+    with torch.inference_mode():
+        expected = native(tokens).logits
+        for one in (model, native):
+            one.set_experts_implementation("deepseek_v3")
+            assert relative(one(tokens).logits, expected) < TOLERANCE

@@ -1,0 +1,154 @@
+"""Draws the README's tables from `benchmarks/results/`, between its markers.
+
+`python benchmarks/tables.py` rewrites README.md; with `--check` it exits with 1 where the README says anything else.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def load(name):
+    return json.loads((RESULTS / name).read_text())
+
+
+def markdown(columns, rows):
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def machine(record):
+    info = record.get("machine", record)
+    parts = [info.get("gpu") or info.get("cpu") or info.get("platform")]
+    parts += [f"{info['cores']} cores"] if info.get("cores") and not info.get("gpu") else []
+    parts += [f"torch {info['torch']}", info["date"]]
+    return ", ".join(part for part in parts if part)
+
+
+def decode():
+    record = load("decode-2cores.json")
+    rows = []
+    for point in record["points"]:
+        faster = point["speedup"]
+        spread = f"{faster['min']:.1f} to {faster['max']:.1f}"
+        rows.append([f"{point['cached_tokens']:,}", f"{faster['median']:.1f} x", spread])
+    first, last = (record["points"][i]["cached_tokens"] for i in (0, -1))
+    growth, size = record["our_step_longest_over_shortest"], record["cache_bytes_per_token"]
+    return (
+        f"One decode step, {machine(record)}, float32, 4 layers of hidden size 1024 and 16 heads, batch 1; "
+        "`python benchmarks/decode.py`.\n\n"
+        + markdown(["cached tokens", "faster than transformers 5.23", "range"], rows)
+        + f"\n\nOur step at {last:,} cached tokens costs {growth:.1f} x that at {first:,}. The cache takes {size:,} "
+        "bytes a token, as accounted."
+    )
+
+
+def train_step():
+    record = load("train_step-2cores.json")
+    names = {"ours": "ours, MTP and balance off (the same computation)"}
+    names["with MTP and balance"] = "ours, with MTP and balance"
+    rows = []
+    for name, cost in record["cost_over_native"].items():
+        rows.append([names[name], f"{cost['median']:.2f} x", f"{cost['min']:.2f} to {cost['max']:.2f}"])
+    table = markdown(["one training step", "time over transformers 5.23", "range"], rows)
+    return f"{machine(record)}, {record['tokens']:,} tokens; `python benchmarks/train_step.py`.\n\n{table}"
+
+
+def mtp():
+    record = load("mtp-demo.json")
+    rows = []
+    for point in record["points"]:
+        speeds = [f"{point[name]['median']:.2f} x" for name in ("over_plain", "over_native")]
+        rows.append([point["batch"], point["asked"], point["depth"], f"{point['tokens_per_step']:.2f}", *speeds])
+    columns = ["batch", "`num_assistant_tokens`", "drafts a step", "tokens a step"]
+    columns += ["over our plain decoding", "over transformers' plain decoding"]
+    forced = record["teacher_forced_acceptance"][0]
+    head = f"The demo's model, greedy, {machine(record)}; `python benchmarks/mtp.py`."
+    return f"{head} Acceptance by teacher forcing: {forced:.1%}.\n\n{markdown(columns, rows)}"
+
+
+def convert():
+    record, layer = load("convert-2cores.json"), load("convert-layer.json")
+    names = {"bf16": "FP8 to BF16", "fp8": "BF16 to FP8"}
+    rows = []
+    for row in record["rows"]:
+        name = f"{row['source']} → {names.get(row['case'], row['case'])}"
+        memory = f"{row['peak_rss_bytes'] / 1e6:.0f} MB"
+        rows.append([name, f"{row['ratio']:.2f}", f"{row['ratio_lowest']:.2f}", memory])
+    whole = layer["rows"][0]
+    columns = ["conversion", "speed over `cp` of the written bytes", "lowest", "peak memory of both workers"]
+    written, memory = whole["written_bytes"] / 1e9, whole["peak_rss_bytes"] / 1e6
+    return (
+        f"{machine(record)}, 2 workers, cold caches; `python benchmarks/convert.py`.\n\n{markdown(columns, rows)}\n\n"
+        f"A layer of true size (256 experts, {written:.0f} GB written): {whole['ratio']:.2f} of `cp`, {memory:.0f} MB."
+    )
+
+
+def kernels():
+    record = load("kernels-h200.json")
+    rows = []
+    for row in record["rows"]:
+        peers = ", ".join(f"{name} {us:.0f} µs ({share:.2f} x)" for name, (us, share) in row["peers"].items())
+        figures = [f"{row['us']:.1f}", f"{row['tflops']:.0f}", f"{row['gbs']:.0f}", f"{row['share']:.2f}"]
+        rows.append([row["operation"], row["shape"], *figures, peers])
+    columns = ["operation", "shape", "µs", "TFLOP/s", "GB/s", "share of the floor", "peers in the same run"]
+    copy, bf16 = record["machine"]["copy"] / 1e12, record["machine"]["bf16"] / 1e12
+    ceilings = f"measured ceilings: copy {copy:.2f} TB/s, BF16 {bf16:.0f} TFLOP/s"
+    return f"{machine(record)}; {ceilings}; `python benchmarks/kernels.py`.\n\n{markdown(columns, rows)}"
+
+
+def layer():
+    record = load("layer-h200.json")
+    rows = [
+        [
+            "prefill" if point.get("prefill") else "decode",
+            point["batch"],
+            f"{point['tokens']:,}",
+            f"{point['ours']:.1f}",
+            f"{point['native']:.1f}",
+            f"{point['native'] / point['ours']:.1f} x",
+        ]
+        for point in record["points"]
+    ]
+    columns = ["what", "batch", "tokens", "ours ms", "transformers 5.23 ms", "faster"]
+    return (
+        f"1 dense and 2 MoE layers and the head, BF16, eager, no graph, {machine(record)}; "
+        f"`python benchmarks/layer.py`.\n\n{markdown(columns, rows)}\n\nAt batch 1 our step is bound by the "
+        "host's launches, not by the GPU."
+    )
+
+
+TABLES = {
+    "layer": layer,
+    "decode": decode,
+    "train_step": train_step,
+    "mtp": mtp,
+    "convert": convert,
+    "kernels": kernels,
+}
+
+
+def drawn(text):
+    """`text` with every table between `<!-- table:NAME -->` and `<!-- end -->` drawn anew."""
+    for name, draw in TABLES.items():
+        start, end = f"<!-- table:{name} -->", "<!-- end -->"
+        if start in text:
+            before, rest = text.split(start, 1)
+            text = f"{before}{start}\n{draw()}\n{end}{rest.split(end, 1)[1]}"
+    return text
+
+
+def main():
+    pages = [ROOT / "README.md", ROOT / "benchmarks" / "README.md"]
+    stale = [page for page in pages if page.read_text() != drawn(page.read_text())]
+    if "--check" in sys.argv:
+        sys.exit(f"drawn from other results: {', '.join(map(str, stale))}" if stale else 0)
+    for page in stale:
+        page.write_text(drawn(page.read_text()))
+
+
+if __name__ == "__main__":
+    main()
