@@ -62,6 +62,12 @@ _DEEPSEEK_V3: dict[str, Any] = {
     "v_head_dim": 128,
     "vocab_size": 129280,
 }
+
+
+def _without(*fields: str) -> dict[str, Any]:
+    return {key: value for key, value in _DEEPSEEK_V3.items() if key not in fields}
+
+
 _KIMI_K2 = {
     **_DEEPSEEK_V3,
     "model_type": "kimi_k2",
@@ -81,7 +87,7 @@ _KIMI_K2 = {
     "vocab_size": 163840,
 }
 _MOONLIGHT = {
-    **{key: value for key, value in _DEEPSEEK_V3.items() if key not in ("quantization_config", "rope_scaling")},
+    **_without("quantization_config", "rope_scaling"),
     "bos_token_id": 163584,
     "eos_token_id": 163586,
     "first_k_dense_replace": 1,
@@ -105,7 +111,11 @@ _MOONLIGHT = {
     "vocab_size": 163840,
 }
 _SMALL = {
-    **{key: value for key, value in _DEEPSEEK_V3.items() if key not in ("quantization_config", "torch_dtype", "rope_scaling")},
+    **{
+        key: value
+        for key, value in _DEEPSEEK_V3.items()
+        if key not in ("quantization_config", "torch_dtype", "rope_scaling")
+    },
     "first_k_dense_replace": 1,
     "hidden_size": 192,
     "initializer_range": 0.02,

@@ -91,7 +91,7 @@ class AutoDepth:
     plain decoding, is among the candidates.
     """
 
-    def __init__(self, deepest: int = 4, trials: int = 4) -> None:
+    def __init__(self, deepest: int = 4, trials: int = 3) -> None:
         self.deepest, self.trials = deepest, trials
         self.chosen: int | None = None
         self._plan = [depth for depth in range(deepest, -1, -1) for _ in range(trials)]

@@ -9,6 +9,7 @@ from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria, Te
 
 from deepseek_v3 import DeepseekV3ForCausalLM, LatentCache
 from deepseek_v3.configuration import preset
+from deepseek_v3.generation.statistics import AutoDepth, MtpStatistics
 from deepseek_v3.modeling_deepseek_v3.cache import LatentLayer
 from deepseek_v3.training.data import train_tokenizer
 from twins import YARN, make_model
@@ -371,30 +372,36 @@ def test_an_adapter_drafts_and_verifies_with_its_own_weights():
     assert torch.equal(model.generate(input_ids=prompt, use_mtp=True, num_assistant_tokens=2, **kwargs), adapted)
 
 
-def test_auto_depth_chooses_deep_where_drafts_are_right_and_none_where_they_are_wrong(caplog):
-    perfect = successor(vocab=60)
-    output = perfect.generate(
-        torch.tensor([[1]]),
-        max_new_tokens=58,
-        do_sample=False,
-        use_mtp=True,
-        num_assistant_tokens="auto",
-        return_dict_in_generate=True,
-    )
+def choose_depth(acceptance, costs):
+    """What the policy settles on where a depth accepts so much and a step with k drafts costs so many seconds."""
+    policy, statistics = AutoDepth(deepest=4, trials=3), MtpStatistics()
+    statistics.drafted = [1000] * 4
+    statistics.accepted = [int(1000 * rate) for rate in acceptance]
+    while policy.chosen is None:
+        depth = policy.next()
+        first = len(policy._seconds.get(depth, [])) == 0
+        policy.took(depth, costs[depth] * (50 if first else 1), statistics)  # the first step of a depth warms up
+    assert statistics.depth == policy.next() == policy.chosen
+    return policy.chosen
+
+
+def test_auto_depth_is_the_one_that_gives_most_tokens_a_second():
+    cheap, dear = [1.0, 1.1, 1.2, 1.3, 1.4], [1.0, 1.6, 2.2, 2.8, 3.4]
+    assert choose_depth([0.9, 0.9, 0.9, 0.9], cheap) == 4
+    assert choose_depth([0.9, 0.1, 0.1, 0.1], cheap) == 1
+    assert choose_depth([0.05, 0.0, 0.0, 0.0], cheap) == 0
+    assert choose_depth([0.5, 0.5, 0.5, 0.5], dear) == 0
+    assert choose_depth([0.8, 0.7, 0.1, 0.1], [1.0, 1.2, 1.4, 2.5, 4.0]) == 2
+
+
+def test_auto_depth_measures_chooses_and_stays_lossless(caplog):
+    model = successor(vocab=60)
+    prompt = torch.tensor([[1]])
+    kwargs = {"max_new_tokens": 58, "do_sample": False, "use_mtp": True, "num_assistant_tokens": "auto"}
+    with caplog.at_level("INFO", logger="deepseek_v3"), caplog.at_level("INFO", logger="transformers"):
+        output = model.generate(prompt, return_dict_in_generate=True, **kwargs)
     assert output.sequences[0].tolist() == list(range(1, 60))
-    assert output.mtp.depth > 0
-    hopeless = make_model(pad_token_id=2, eos_token_id=None)
-    prompt = torch.tensor([[5, 6, 7]])
-    output = hopeless.generate(
-        prompt,
-        max_new_tokens=80,
-        do_sample=False,
-        use_mtp=True,
-        num_assistant_tokens="auto",
-        return_dict_in_generate=True,
-    )
-    assert output.mtp.depth == 0
-    assert torch.equal(output.sequences, hopeless.generate(prompt, max_new_tokens=80, do_sample=False))
+    assert f"MTP: {output.mtp.depth} drafts a step" in caplog.text
 
 
 def test_no_acceptance_over_many_drafts_warns_with_the_cause(caplog):
