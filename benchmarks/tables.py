@@ -121,7 +121,35 @@ def layer():
     )
 
 
+def mtp_machinery():
+    record = load("mtp_machinery-h200.json")
+    rows = []
+    for point in record["points"]:
+        share = f"{point['speedup'] / point['tokens_per_step']:.0%}"
+        rows.append([point["batch"], f"{point['tokens_per_step']:.2f}", f"{point['speedup']:.2f} x", share])
+    columns = ["batch", "tokens a step", "over our plain decoding", "of what free drafts would give"]
+    return (
+        "Moonlight-16B-A3B's sizes with one MTP module, random BF16 weights, drafts accepted with probability "
+        f"{record['rate']} by construction, eager, {machine(record)}; `python benchmarks/mtp_machinery.py`.\n\n"
+        + markdown(columns, rows)
+    )
+
+
+def loss_memory():
+    record = load("loss_memory-cpu.json")
+    peak, logits = record["peak_mb"], record["logits_mb"]
+    rows = [
+        ["plain: two full logits, float32 cross-entropy", f"{peak['plain']:,.0f} MB", f"{peak['plain'] / logits:.1f}"],
+        ["ours", f"{peak['ours']:,.0f} MB", f"{peak['ours'] / logits:.1f}"],
+    ]
+    size = f"{record['rows']:,} tokens, {record['vocabulary']:,} words, BF16"
+    table = markdown(["main and MTP loss, forward and backward", "peak memory", "in BF16 logits"], rows)
+    return f"{size}, {machine(record)}; `python benchmarks/loss_memory.py`.\n\n{table}"
+
+
 TABLES = {
+    "mtp_machinery": mtp_machinery,
+    "loss_memory": loss_memory,
     "layer": layer,
     "decode": decode,
     "train_step": train_step,

@@ -36,7 +36,7 @@ class Account:
         parts: Counter[str] = Counter()
         for spec in official_tensors(self.config):
             if not self._is_mtp(spec.name):
-                parts[_part(spec.name)] += prod(spec.shape)
+                parts[part_of(spec.name)] += prod(spec.shape)
         return dict(parts)
 
     @cached_property
@@ -164,7 +164,8 @@ class Account:
         return 2 * (self.config.num_nextn_predict_layers or 0) * self.config.vocab_size * self.config.hidden_size
 
 
-def _part(name: str) -> str:
+def part_of(name: str) -> str:
+    """The part of the main model, as `Account.parts` names it, that an official tensor belongs to."""
     if name == "model.embed_tokens.weight":
         return "embedding"
     if name == "lm_head.weight":
@@ -173,10 +174,8 @@ def _part(name: str) -> str:
         return "norms"
     if ".self_attn." in name:
         return "attention"
-    for piece, part in ((".experts.", "routed_experts"), (".shared_experts.", "shared_experts"), (".gate.", "router")):
-        if piece in name:
-            return part
-    return "dense_mlp"
+    marks = {".experts.": "routed_experts", ".shared_experts.": "shared_experts", ".gate.": "router"}
+    return next((part for mark, part in marks.items() if mark in name), "dense_mlp")
 
 
 def account(config: Any) -> Account:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
 
+from deepseek_v3.configuration.accounting import part_of as main_part_of
 from deepseek_v3.configuration.layout import TensorSpec, official_tensors
 
 from .errors import CheckpointError
@@ -80,16 +81,7 @@ def part_of(name: str, first_mtp: float) -> str:
     """The part of the model that an official tensor belongs to, under the names that `account` uses."""
     if layer_of(name) >= first_mtp:
         return "mtp"
-    if name == "model.embed_tokens.weight":
-        return "embedding"
-    if name == "lm_head.weight":
-        return "head"
-    if "norm" in name:
-        return "norms"
-    if ".self_attn." in name:
-        return "attention"
-    marks = {".experts.": "routed_experts", ".shared_experts.": "shared_experts", ".gate.": "router"}
-    return next((part for mark, part in marks.items() if mark in name), "dense_mlp")
+    return main_part_of(name)
 
 
 def stored_dtypes(checkpoint: Checkpoint) -> dict[str, int]:

@@ -18,7 +18,7 @@ from .data import pack
 from .evaluation import bits_per_byte, expert_shares, max_violation, mtp_acceptance, xz_bits_per_byte
 from .train import TrainResult, TrainSettings, train
 
-STEPS = 340
+STEPS = 600
 _PROMPTS = 3
 _EVALUATED_BYTES = 150_000
 
@@ -48,7 +48,14 @@ def run_demo(output: str, steps: int = STEPS, seed: int = 0) -> dict[str, Any]:
     started = time.perf_counter()
     print("1. Train a tokenizer and a model on the source of Python's standard library")
     settings = TrainSettings(
-        data=library_sources(), output=output, vocab_size=2048, held_out=0.05, steps=steps, seed=seed
+        data=library_sources(),
+        output=output,
+        vocab_size=2048,
+        held_out=0.05,
+        batch=4,
+        learning_rate=4e-3,
+        steps=steps,
+        seed=seed,
     )
     result = train(settings)
     trained = time.perf_counter() - started
