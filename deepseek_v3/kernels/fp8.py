@@ -63,7 +63,9 @@ def _choose(a, b, b_scale, out_dtype, add, backend) -> str:
         library = "adds to no existing tensor"
     elif depth % 128 or b.shape[0] % 128 or rows % 4 or not rows:
         library = "needs K and N in multiples of 128 and M in multiples of 4"
-    reasons["cublas"] = reasons["cublas"] or library
+    # It reads 128 x 128 scales with K / 128 filled up to a multiple of 4: dense ones of another width come out wrong.
+    padded = "needs K in multiples of 512 for 128 x 128 scales" if depth % 512 and not _by_row(b, b_scale) else None
+    reasons["cublas"] = reasons["cublas"] or library or padded
     if _by_row(b, b_scale) or out_dtype != torch.bfloat16:
         library = library or "takes 128 x 128 weight scales and gives bfloat16"
     reasons["deep_gemm"] = reasons["deep_gemm"] or library

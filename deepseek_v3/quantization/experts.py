@@ -103,7 +103,7 @@ class FP8Experts(CodesModule):
         changed: Any = getattr(self, "parametrizations", {})
         if name not in changed:
             return getattr(self, name), []
-        deltas = [getattr(adapter, "delta_weight", None) for adapter in changed[name]]
+        deltas: list[Any] = [getattr(adapter, "delta_weight", None) for adapter in changed[name]]
         if any(delta is None for delta in deltas):
             raise ValueError(
                 f"{name} holds FP8 codes, which only LoRA can adapt. Load the model with "

@@ -252,6 +252,18 @@ def test_deep_gemm_gets_its_layouts(monkeypatch):
         fp8_gemm(a[:, :200], a_scale, b[:, :200], b_scale, backend="deep_gemm")
 
 
+def test_cublas_is_not_given_scales_that_it_would_misread(monkeypatch):
+    from deepseek_v3.kernels import dispatch
+
+    monkeypatch.setattr(dispatch, "cuda_reason", lambda device, least: None)
+    monkeypatch.setattr(dispatch, "capability", lambda index: (9, 0))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    a, a_scale = quantize_activation(rough(8, 384), backend="torch")
+    b, b_scale = quantize_weight(rough(256, 384), backend="torch")
+    with pytest.raises(RuntimeError, match="multiples of 512"):
+        fp8_gemm(a, a_scale, b, b_scale, backend="cublas")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("wgrad", [False, True])
 def test_cublas_agrees(wgrad):

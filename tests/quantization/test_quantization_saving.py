@@ -200,3 +200,11 @@ def test_tied_and_multi_token_models_are_written_whole(tmp_path):
     again = load(tmp_path, **KEEP)
     assert isinstance(again.model.layers[4].self_attn.o_proj, FP8Linear)
     assert DeepseekV3Config.from_pretrained(tmp_path).quantization_config["quant_method"] == "deepseek_fp8"
+
+
+def test_the_fused_layout_is_read_in_both_ways(kept, plain, tmp_path):
+    kept.save_pretrained(tmp_path, save_original_format=False)
+    assert "model.layers.1.mlp.experts.gate_up_proj_scale_inv" in stored(tmp_path)
+    again, dequantised = load(tmp_path, **KEEP), load(tmp_path, **DEQUANTIZE)
+    assert {n: raw(t) for n, t in again.state_dict().items()} == {n: raw(t) for n, t in kept.state_dict().items()}
+    assert all(torch.equal(tensor, plain.state_dict()[name]) for name, tensor in dequantised.state_dict().items())
