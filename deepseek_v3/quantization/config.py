@@ -14,7 +14,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..configuration.configuration_deepseek_v3 import FP8_METHOD
 from ..configuration.layout import FP8_BLOCK
 
-COMPUTE = ("auto", "dynamic", "weight_only")
+COMPUTE = ("weight_only", "dynamic")
 
 
 class FP8Config(QuantizationConfigMixin):
@@ -23,9 +23,9 @@ class FP8Config(QuantizationConfigMixin):
     Args:
         keep: True keeps codes and scales in memory, on the CPU too; False dequantises them exactly to the model's
             dtype; None keeps them where the device computes FP8 (compute capability 8.9 or newer).
-        compute: how a kept matrix multiplies. "dynamic": activations are quantised in 1 x 128 tiles and the product
-            runs in FP8, as in training; "weight_only": the matrix is dequantised for the product, which gives what
-            the dequantised model gives; "auto": dynamic on a device that computes FP8, else weight-only.
+        compute: how a kept matrix multiplies. "weight_only": the matrix is dequantised for the product, which gives
+            what the dequantised model gives; "dynamic": activations are quantised in 1 x 128 tiles and the product
+            runs in FP8, as in training.
         fmt, activation_scheme, weight_block_size, scale_fmt: as in the file.
         kwargs: other keys of the file, kept as they are.
 
@@ -37,7 +37,7 @@ class FP8Config(QuantizationConfigMixin):
     def __init__(
         self,
         keep: bool | None = None,
-        compute: str = "auto",
+        compute: str = "weight_only",
         *,
         fmt: str = "e4m3",
         activation_scheme: str = "dynamic",

@@ -66,7 +66,8 @@ def _fuse(name: str, parts: list[list[Deferred]], patterns: list[str], like: tor
     rows, columns = like.shape[1] // len(parts), like.shape[2]
     first = parts[0][0]
     dtype = torch.float32 if first.stored.name.endswith(SCALE_SUFFIX) else first.dtype
-    fused = torch.empty(like.shape, dtype=dtype or _TORCH_DTYPES[first.get_dtype()], device=first.device)
+    with torch.inference_mode(False):  # which threads would not be in, and could not write to what it makes
+        fused = torch.empty(like.shape, dtype=dtype or _TORCH_DTYPES[first.get_dtype()], device=first.device)
 
     def place(part: int, expert: int) -> None:
         tensor = parts[part][expert]

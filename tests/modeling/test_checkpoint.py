@@ -241,3 +241,11 @@ def test_a_wrong_shape_is_reported(tmp_path):
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(RuntimeError, match="norm.weight|mismatch"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_loading_within_inference_mode(tmp_path, tokens):
+    model = make_model()
+    model.save_pretrained(tmp_path)
+    with torch.inference_mode():
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert_same(model, loaded, tokens)
