@@ -2,6 +2,8 @@
 
 import ast
 import inspect
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -75,3 +77,9 @@ def test_public_names_exist_and_have_docstrings():
     for name in deepseek_v3.__all__:
         value = getattr(deepseek_v3, name)
         assert inspect.getdoc(value), name
+
+
+def test_tables_are_drawn_from_recorded_results():
+    script = PACKAGE.parent / "benchmarks" / "tables.py"
+    done = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
