@@ -159,6 +159,10 @@ class DeepseekV3Config(PreTrainedConfig):
         self._rename_quantization("fp8", FP8_METHOD, self.__dict__)
         self.check()
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
+        """Nothing: the class belongs to this package, and saving must not copy its file into a folder."""
+
     def check(self) -> None:
         """Raise ValueError where values contradict each other; a model calls it too, since fields can be set."""
         check(self, rope_types=("default", *ROPE_INIT_FUNCTIONS))

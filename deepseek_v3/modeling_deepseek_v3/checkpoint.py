@@ -95,6 +95,11 @@ class LoadingMixin:
     config: Any
 
     @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Nothing: a folder that names these classes in its auto_map imports this package, and saving must not copy
+        the package's files into the folder, as transformers does for code that came with a checkpoint."""
+
+    @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As in transformers, for official (FP8 or BF16), transformers-saved and Trainer-saved folders.
 

@@ -249,3 +249,17 @@ def test_loading_within_inference_mode(tmp_path, tokens):
     with torch.inference_mode():
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert_same(model, loaded, tokens)
+
+
+def test_a_folder_that_names_these_classes_as_its_own_code_can_be_saved_again(tmp_path, tokens):
+    model = make_model()
+    model.save_pretrained(tmp_path / "a")
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "ours.DeepseekV3Config", "AutoModelForCausalLM": "ours.DeepseekV3ForCausalLM"}
+    (tmp_path / "a" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "a" / "ours.py").write_text("from deepseek_v3 import DeepseekV3Config, DeepseekV3ForCausalLM\n")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "a", trust_remote_code=True)
+    assert_same(model, loaded, tokens)
+    loaded.save_pretrained(tmp_path / "b")
+    assert not list((tmp_path / "b").glob("*.py"))
+    assert_same(model, AutoModelForCausalLM.from_pretrained(tmp_path / "b"), tokens)
