@@ -4,6 +4,7 @@ Bad input ends with one line on standard error and exit code 2.
 """
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 
@@ -26,6 +27,8 @@ def make_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     args = make_parser().parse_args(arguments)
+    # Where it is installed, transformers imports it, and it speaks of kernels that no command here uses.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         return args.func(args)
     except (ValueError, OSError) as error:

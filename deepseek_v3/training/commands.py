@@ -114,10 +114,10 @@ def _train(args: argparse.Namespace) -> int:
 def _generate(args: argparse.Namespace) -> int:
     import os
 
-    from transformers import pipeline, set_seed
-
     if not os.path.isfile(os.path.join(args.model, "config.json")):
         raise FileNotFoundError(f"{args.model} is no model folder (it has no config.json); train or convert one")
+    from transformers import pipeline, set_seed
+
     set_seed(args.seed)
     generate = pipeline("text-generation", model=args.model)
     sampling = {"do_sample": False}
