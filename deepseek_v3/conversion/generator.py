@@ -28,6 +28,8 @@ from .steps import Entry, shard_file
 from .writer import atomic_file, write_all, write_json
 
 _DTYPES = {"fp8": "F8_E4M3", "scale": "F32", "bf16": "BF16", "f32": "F32"}
+_COPIED = {"embed_tokens": "model.embed_tokens.weight", "shared_head.head": "lm_head.weight"}
+_MTP_COPY = re.compile(r"model\.layers\.\d+\.(embed_tokens|shared_head\.head)\.weight")
 _EXTRAS = re.compile(r"model\.layers\.\d+\.(embed_tokens|enorm|hnorm|eh_proj|shared_head)\.")
 _BAND_ELEMENTS = 1 << 20
 _SCALE_SEARCH = 8
@@ -158,7 +160,9 @@ class _Numbers:
         if spec.kind == "scale":
             yield self._scales.pop(spec.name)
             return
-        digest = hashlib.sha256(f"{self.seed} {spec.name}".encode()).digest()
+        # An MTP module's embedding and head are the main model's, stored again.
+        name = _MTP_COPY.sub(lambda match: _COPIED[match[1]], spec.name)
+        digest = hashlib.sha256(f"{self.seed} {name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
         if len(spec.shape) == 1:
             # Norm weights lie around one, the router's biases around zero.

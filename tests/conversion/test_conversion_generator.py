@@ -78,6 +78,13 @@ def test_weights_and_scales_lie_apart_and_mtp_extras_come_last(made):
             assert set(shard.keys()) == {name for name in where if where[name] == file}
 
 
+def test_mtp_modules_hold_the_main_embedding_and_head_again(made):
+    tensors = read_all(made / "bf16")
+    assert torch.equal(tensors["model.layers.2.embed_tokens.weight"], tensors["model.embed_tokens.weight"])
+    assert torch.equal(tensors["model.layers.2.shared_head.head.weight"], tensors["lm_head.weight"])
+    assert not torch.equal(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"])
+
+
 @pytest.mark.parametrize("shards", range(3, 10))
 def test_every_file_but_first_and_last_begins_with_a_scale_whose_weight_is_elsewhere(tmp_path, shards):
     write_checkpoint(CONFIG, tmp_path / "x", shards=shards, sparse=True)

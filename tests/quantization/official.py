@@ -10,7 +10,6 @@ import logging
 import numpy
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from deepseek_v3.configuration import preset
 from deepseek_v3.conversion import write_checkpoint
@@ -34,18 +33,8 @@ def awkward_config(**overrides):
 
 
 def write_fp8(folder, config=None, **kwargs):
-    """An official FP8 folder whose MTP modules hold the main embedding and head again, as the published files do."""
+    """An official FP8 folder, of the awkward configuration where none is given."""
     write_checkpoint(config or awkward_config(), folder, **kwargs)
-    tensors = stored(folder)
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, "pt") as file:
-            here = {name: tensors[name] for name in file.keys()}
-        for name in here:
-            if ".layers." in name and name.endswith("embed_tokens.weight"):
-                here[name] = tensors["model.embed_tokens.weight"]
-            if name.endswith("shared_head.head.weight"):
-                here[name] = tensors["lm_head.weight"]
-        save_file(here, path, metadata={"format": "pt"})
     return folder
 
 
