@@ -16,18 +16,22 @@ from torch import nn
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..kernels import mla_decode
+from ..kernels import mla_decode, rotate, write_latents
 from ..quantization import FP8Linear
-from .cache import joint_latents
+from .cache import Extension, joint_latents
 from .layers import DeepseekV3RMSNorm
 from .rope import apply_rope, softmax_scale
 
 
 class Spans(NamedTuple):
-    """The slots that each row's newest query sees, [starts, lengths), int32 [B]; None for all of them."""
+    """The slots that each row's newest query sees, [starts, lengths), int32 [B]; None for all of them.
+
+    extension: where the new tokens go, if every layer may write them through the kernel.
+    """
 
     starts: torch.Tensor | None
     lengths: torch.Tensor | None
+    extension: Extension | None = None
 
 
 def choose_form(config: Any, queries: int, keys: int, cached: bool) -> str:
@@ -172,6 +176,11 @@ def _softmax(scores: torch.Tensor, mask: torch.Tensor | None, dtype: torch.dtype
     return nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(dtype)
 
 
+def _is_bare(norm: nn.Module) -> bool:
+    """Whether a norm may be read as a weight: nothing wraps it, and its weight is on its device."""
+    return type(norm) is DeepseekV3RMSNorm and not hasattr(norm, "_hf_hook") and not hasattr(norm, "parametrizations")
+
+
 class DeepseekV3Attention(nn.Module):
     """MLA with a low-rank query (or a plain one where `q_lora_rank` is None)."""
 
@@ -184,7 +193,10 @@ class DeepseekV3Attention(nn.Module):
         self.num_key_value_groups = 1
         self.is_causal = True
         self.scaling = softmax_scale(config)
+        # A configuration looks up its fields slowly, and a decode step reads these in every layer.
         self._split = (config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim)
+        self._rank, self._low_rank_query = config.kv_lora_rank, config.q_lora_rank is not None
+        self._interleave = config.rope_interleave
         hidden, heads, bias = config.hidden_size, self.num_heads, config.attention_bias
         nope, rope, value = self._split
         if config.q_lora_rank is None:
@@ -221,6 +233,8 @@ class DeepseekV3Attention(nn.Module):
         Returns:
             [B, T, D], and the attention weights [B, H, T, S] where the back end gives them.
         """
+        if mla_spans is not None and mla_spans.extension is not None and _is_bare(self.kv_a_layernorm):
+            return self._decode(hidden_states, position_embeddings, past_key_values, mla_spans), None
         query = self._query(hidden_states, position_embeddings)
         latents = self._latents(hidden_states, position_embeddings)
         if past_key_values is not None:
@@ -238,21 +252,46 @@ class DeepseekV3Attention(nn.Module):
             output, shown = self._expanded(query, latents, attention_mask, **kwargs)
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), shown
 
-    def _query(self, hidden_states: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> tuple[Any, Any]:
+    def _decode(
+        self, hidden_states: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], cache: Any, spans: Spans
+    ) -> torch.Tensor:
+        """A few new tokens [B, T, D] over a `LatentCache`: one launch writes their latents to it, one attends."""
+        assert spans.extension is not None
         nope, rope, _ = self._split
-        if self.config.q_lora_rank is None:
-            query = self.q_proj(hidden_states)
-        else:
+        q_nope, q_rope = self._project_query(hidden_states).split((nope, rope), dim=-1)
+        joint = cache.extend(self.layer_idx, spans.extension)
+        norm = self.kv_a_layernorm
+        write_latents(
+            joint[..., : self._rank],
+            joint[..., self._rank :],
+            self.kv_a_proj_with_mqa(hidden_states),
+            norm.weight,
+            *angles,
+            spans.extension.slots,
+            eps=norm.variance_epsilon,
+            interleave=self._interleave,
+        )
+        query = q_nope, rotate(q_rope, *angles, interleave=self._interleave)
+        output = fused_absorbed_attention(query, joint, effective_weight(self.kv_b_proj, joint), spans, self.scaling)
+        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1))
+
+    def _project_query(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[B, T, D] to [B, H, T, N + R], not yet rotated."""
+        if self._low_rank_query:
             query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
-        query = query.view(*hidden_states.shape[:-1], -1, nope + rope).transpose(1, 2)  # [B, H, T, N + R]
-        q_nope, q_rope = query.split((nope, rope), dim=-1)
-        return q_nope, apply_rope(q_rope, *angles, self.config.rope_interleave)
+        else:
+            query = self.q_proj(hidden_states)
+        return query.view(*hidden_states.shape[:-1], -1, self._split[0] + self._split[1]).transpose(1, 2)
+
+    def _query(self, hidden_states: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> tuple[Any, Any]:
+        q_nope, q_rope = self._project_query(hidden_states).split(self._split[:2], dim=-1)
+        return q_nope, apply_rope(q_rope, *angles, self._interleave)
 
     def _latents(self, hidden_states: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> tuple[Any, Any]:
         compressed = self.kv_a_proj_with_mqa(hidden_states)
-        latent, rope = compressed.split((self.config.kv_lora_rank, self._split[1]), dim=-1)
+        latent, rope = compressed.split((self._rank, self._split[1]), dim=-1)
         latent = self.kv_a_layernorm(latent)[:, None]  # [B, 1, T, C]
-        return latent, apply_rope(rope[:, None], *angles, self.config.rope_interleave)  # [B, 1, T, R]
+        return latent, apply_rope(rope[:, None], *angles, self._interleave)  # [B, 1, T, R]
 
     def _expanded(self, query: Any, latents: Any, attention_mask: Any, **kwargs: Any) -> tuple[Any, Any]:
         nope, rope, value = self._split

@@ -34,6 +34,17 @@ class RowSlots(NamedTuple):
     extent: int
 
 
+class Extension(NamedTuple):
+    """New tokens that a kernel writes into every layer: where they go, and how many slots then hold something.
+
+    slots: [B, T], int64.
+    extent: slots in use afterwards; None where the slots of a fixed cache say it.
+    """
+
+    slots: torch.Tensor
+    extent: int | None
+
+
 def _write_rows(storage: torch.Tensor, new: torch.Tensor, rows: RowSlots) -> None:
     """Scatter `new` [B, T, C + R] into `storage` [B, 1, S, C + R] and clear what no row may see.
 
@@ -118,6 +129,13 @@ class LatentLayer(CacheLayerMixin):
         self._length = end
         return self.keys, self.values  # type: ignore[return-value]
 
+    def extend(self, extension: Extension) -> torch.Tensor:
+        """Count new tokens whose slots the caller fills; return the view [B, S + T, C + R] to write them into."""
+        assert extension.extent is not None
+        self._reserve(extension.extent)
+        self._length = extension.extent
+        return self.joint()
+
     def _reserve(self, end: int) -> None:
         """Make room for `end` tokens, half as much again where it has to grow."""
         old = self._storage
@@ -125,7 +143,8 @@ class LatentLayer(CacheLayerMixin):
         if end <= old.shape[2] and not _frozen(old):
             return
         capacity = max(end + _ROOM, end + end // 2)
-        self._storage = old.new_empty((old.shape[0], old.shape[1], capacity, old.shape[3]))
+        # Zeros: rows of different lengths show slots that nothing was written to.
+        self._storage = old.new_zeros((old.shape[0], old.shape[1], capacity, old.shape[3]))
         self._storage[:, :, : self._length] = old[:, :, : self._length].detach()
 
     def settle(self, length: int) -> None:
@@ -217,6 +236,14 @@ class StaticLatentLayer(StaticLayer):
         self.settle(rows.extent)
         return self.keys, self.values  # type: ignore[return-value]
 
+    def extend(self, extension: Extension) -> torch.Tensor:
+        """As of `LatentLayer`; every slot is there already."""
+        if extension.extent is None:
+            self.cumulative_length.add_(extension.slots.shape[1])
+        else:
+            self.settle(extension.extent)
+        return self.joint()
+
     def settle(self, length: int) -> None:
         """Say how many slots count from now on, after rows were written at their own places."""
         self.cumulative_length.fill_(length)
@@ -267,6 +294,24 @@ class LatentCache(DynamicCache):
         if self.max_cache_len is not None and layer_idx >= len(self.layers):
             return self.max_cache_len, 0  # an MTP module's layer, before it is written
         return super().get_mask_sizes(query_length, layer_idx)
+
+    def extension(self, batch: int, tokens: int, layer_idx: int, dtype: torch.dtype) -> Extension | None:
+        """Where `tokens` new ones of each sequence go, for `extend`; None where only `update` can write them."""
+        layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
+        if self.offloading or layer is None or not layer.is_initialized or layer.dtype != dtype:
+            return None
+        if self._rows is not None:
+            return Extension(self._rows.slots, self._rows.extent)
+        seen = layer.get_seq_length()
+        slots = torch.arange(tokens, device=layer.device) + seen
+        return Extension(slots.expand(batch, -1), seen + tokens if isinstance(seen, int) else None)
+
+    def extend(self, layer_idx: int, extension: Extension) -> torch.Tensor:
+        """Count new tokens in a layer; the caller writes them to the slots of the view [B, S, C + R] it gets.
+
+        What lies in other slots than a row's own is not cleared: only a kernel that reads none of them may follow.
+        """
+        return self.layers[layer_idx].extend(extension)  # type: ignore[attr-defined]
 
     @contextmanager
     def rows(self, rows: RowSlots) -> Iterator[None]:

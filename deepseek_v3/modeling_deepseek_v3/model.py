@@ -224,6 +224,9 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel):
         few = form == "absorbed" and length <= _KERNEL_QUERIES
         if few and on_kernels(inputs_embeds) and self.config._attn_implementation != "eager":
             spans = spans_of(mask, length)  # type: ignore[arg-type]
+        if spans is not None and isinstance(past_key_values, LatentCache):
+            place = past_key_values.extension(inputs_embeds.shape[0], length, layer_idx, inputs_embeds.dtype)
+            spans = spans._replace(extension=place)
         return form, mask, spans
 
     def _embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:

@@ -40,9 +40,7 @@ class DeepseekV3TopkRouter(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Route [.., D] tokens: raw logits [n, E], weights [n, K] (both float32) and expert indices [n, K]."""
         hidden_states = hidden_states.reshape(-1, self.hidden_dim)
-        # Under autocast a linear would run in the low dtype whatever its inputs are.
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            logits = nn.functional.linear(hidden_states.float(), self.weight.float())
+        logits = self._logits(hidden_states)
         if on_kernels(logits):
             indices, weights = route(
                 logits,
@@ -60,6 +58,16 @@ class DeepseekV3TopkRouter(nn.Module):
         if self.norm_topk_prob:
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
         return logits, weights * self.routed_scaling_factor, indices
+
+    def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[n, D] to float32 [n, E]."""
+        halves = (torch.bfloat16, torch.float16)
+        if on_kernels(hidden_states) and hidden_states.dtype == self.weight.dtype and self.weight.dtype in halves:
+            # Products of 16-bit numbers are exact in float32, where they are summed: nothing to widen first.
+            return torch.mm(hidden_states, self.weight.t(), out_dtype=torch.float32)
+        # Under autocast a linear would run in the low dtype whatever its inputs are.
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            return nn.functional.linear(hidden_states.float(), self.weight.float())
 
     def _choose(self, biased: torch.Tensor) -> torch.Tensor:
         if self.num_group > self.topk_group:
