@@ -14,7 +14,7 @@ PACKAGE = Path(deepseek_v3.__file__).parent
 ALLOWED = {
     "configuration": {"configuration"},
     "kernels": {"kernels"},
-    "quantization": {"quantization", "configuration", "kernels"},
+    "quantization": {"quantization", "configuration", "kernels", "conversion"},
     "modeling_deepseek_v3": {"modeling_deepseek_v3", "configuration", "kernels", "quantization", "generation"},
     "generation": {"generation", "modeling_deepseek_v3"},
     "conversion": {"conversion", "configuration", "kernels"},

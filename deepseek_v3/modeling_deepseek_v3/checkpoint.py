@@ -8,8 +8,7 @@ import copy
 import json
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -20,13 +19,14 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, logging
 
 from ..quantization import (
     FP8Config,
+    Weights,
     dequantized_state_dict,
     is_fp8,
     keeps_fp8,
     load_streamed,
-    quantized_state_dict,
     requested_config,
     requesting,
+    save_quantized,
 )
 
 logger = logging.get_logger(__name__)
@@ -162,30 +162,24 @@ class LoadingMixin:
             quantize: "fp8" writes the official FP8 layout: E4M3 codes in 128 x 128 blocks, the rest BF16.
             scale_fmt: with `quantize`, None for float32 scales or "ue8m0" for powers of two.
             original: with `quantize`, the folder of the FP8 checkpoint that this model was fine-tuned from: weights
-                that are still what it holds keep its codes, and what rounding does to the others is reported.
+                that are still what it holds keep its codes, and what rounding did to the changes of the others is
+                logged and lies in `rounding_report` afterwards.
 
         Raises:
             ValueError: another `quantize` or `scale_fmt`; weights that are not finite; kept codes whose scales
-                `scale_fmt` cannot hold; `quantize` for a model with adapters, or together with `push_to_hub`.
+                `scale_fmt` cannot hold; `quantize` for a model with adapters, or for one spread over processes.
         """
         save, model = super().save_pretrained, cast(Any, self)  # type: ignore[misc]
         if quantize is not None or scale_fmt is not None or original is not None:
-            _check_quantize(self, quantize, scale_fmt, kwargs)
-            state_dict = quantized_state_dict(
-                cast(dict, _with_mtp_copies(self, state_dict or model.state_dict())),
-                self.config,
-                scale_fmt=scale_fmt,
-                fetch=lambda name: load_offloaded_parameter(model, name),
+            whole = model.state_dict() if state_dict is None else state_dict
+            weights = Weights(
+                whole,
+                lambda name: load_offloaded_parameter(model, name),
+                copies=_mtp_copies(self, whole),
                 tied=getattr(self, "all_tied_weights_keys", None) or (),
-                original=None if original is None else os.fspath(original),
             )
-            with _described_as(self.config, FP8Config(scale_fmt=scale_fmt)):
-                self._hand_over(state_dict)
-                result = save(save_directory, *args, state_dict=state_dict, **kwargs)
-                written = copy.deepcopy(self.config)
-                written.dtype = "bfloat16"
-                written.save_pretrained(save_directory)
-            return result
+            options = {"quantize": quantize, "scale_fmt": scale_fmt, "original": original}
+            return save_quantized(self, save_directory, weights, *args, **options, **kwargs)
         if not getattr(self, "_hf_peft_config_loaded", False):
             state_dict = _with_mtp_copies(self, state_dict)
             self._hand_over(state_dict)
@@ -198,31 +192,6 @@ class LoadingMixin:
         model = cast(Any, self)
         if keeps_fp8(model):
             model.hf_quantizer.state_dict_to_save = state_dict
-
-
-def _check_quantize(model: Any, quantize: str | None, scale_fmt: str | None, kwargs: dict) -> None:
-    if quantize != "fp8":
-        raise ValueError(f"quantize={quantize!r}: only 'fp8' can be written; scale_fmt and original go with it")
-    if scale_fmt not in (None, "ue8m0"):
-        raise ValueError(f"scale_fmt={scale_fmt!r}: choose None (float32 scales) or 'ue8m0' (powers of two)")
-    if getattr(model, "_hf_peft_config_loaded", False):
-        raise ValueError("quantize='fp8' writes whole models; merge the adapters first")
-    if kwargs.get("push_to_hub"):
-        raise ValueError("quantize='fp8' writes a folder; upload that folder afterwards")
-
-
-@contextmanager
-def _described_as(config: Any, quantization: FP8Config) -> Iterator[None]:
-    """`config` with another quantization_config for the time of saving."""
-    before = config.__dict__.get("quantization_config")
-    config.quantization_config = quantization
-    try:
-        yield
-    finally:
-        if before is None:
-            del config.quantization_config
-        else:
-            config.quantization_config = before
 
 
 def _settle_mtp(model: Any, loading_info: Any) -> None:
@@ -250,22 +219,27 @@ def _layer_of(name: str) -> int:
     return int(match[1]) if match else -1
 
 
-def _with_mtp_copies(model: Any, state_dict: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor] | None:
+def _mtp_copies(model: Any, state_dict: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """The official files store embedding and head again in each MTP module: name there -> name in `state_dict`."""
     config = model.config
     embedding, head = "model.embed_tokens.weight", "lm_head.weight"
-    if not config.num_nextn_predict_layers or model.get_output_embeddings() is None:
-        return state_dict
-    state_dict = dict(model.state_dict() if state_dict is None else state_dict)
-    if embedding not in state_dict:
-        return state_dict
+    if embedding not in state_dict or model.get_output_embeddings() is None:
+        return {}
     if head not in state_dict:  # tied
         head = embedding
-    for depth in range(config.num_nextn_predict_layers):
-        prefix = f"model.layers.{config.num_hidden_layers + depth}"
-        for source, copied in ((embedding, "embed_tokens.weight"), (head, "shared_head.head.weight")):
-            tensor = state_dict[source]
-            tensor = load_offloaded_parameter(model, source) if tensor.device.type == "meta" else tensor
-            state_dict[f"{prefix}.{copied}"] = tensor.detach().clone()
+    copied = {"embed_tokens.weight": embedding, "shared_head.head.weight": head}
+    depths = range(config.num_hidden_layers, config.num_hidden_layers + (config.num_nextn_predict_layers or 0))
+    return {f"model.layers.{layer}.{name}": source for layer in depths for name, source in copied.items()}
+
+
+def _with_mtp_copies(model: Any, state_dict: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor] | None:
+    if not model.config.num_nextn_predict_layers:
+        return state_dict
+    state_dict = dict(model.state_dict() if state_dict is None else state_dict)
+    for name, source in _mtp_copies(model, state_dict).items():
+        tensor = state_dict[source]
+        tensor = load_offloaded_parameter(model, source) if tensor.device.type == "meta" else tensor
+        state_dict[name] = tensor.detach().clone()
     return state_dict
 
 

@@ -7,23 +7,26 @@ from .config import FP8Config, is_fp8, requested_config, requesting
 from .experts import FP8Experts
 from .linear import FP8Linear, keeps_fp8
 from .loading import load_streamed
+from .merging import RoundingReport
 from .official_names import fuse_official_names
 from .quantizer import DeepseekFP8Quantizer, dequantized_state_dict, register, unregister
-from .saving import quantized_state_dict
+from .saving import Weights, save_quantized
 
 __all__ = [
     "DeepseekFP8Quantizer",
     "FP8Config",
     "FP8Experts",
     "FP8Linear",
+    "RoundingReport",
+    "Weights",
     "dequantized_state_dict",
     "fuse_official_names",
     "is_fp8",
     "keeps_fp8",
     "load_streamed",
-    "quantized_state_dict",
     "register",
     "requested_config",
     "requesting",
+    "save_quantized",
     "unregister",
 ]

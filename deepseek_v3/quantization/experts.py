@@ -35,6 +35,8 @@ class FP8Experts(CodesModule):
     gate_up_proj_scale_inv: nn.Parameter
     down_proj: nn.Parameter
     down_proj_scale_inv: nn.Parameter
+    # What `model.dequantize()` makes of it again: called with the model's configuration.
+    plain_class: Any = None
 
     # Read by transformers' expert parallelism.
     has_gate, has_bias, is_transposed, is_concatenated = True, False, False, True
@@ -60,7 +62,9 @@ class FP8Experts(CodesModule):
         """One of the same sizes as fused experts in another dtype, its codes not filled in."""
         e: Any = experts
         with torch.device(e.gate_up_proj.device):
-            return cls(e.num_experts, e.hidden_dim, e.intermediate_dim, e.act_fn, config)
+            new = cls(e.num_experts, e.hidden_dim, e.intermediate_dim, e.act_fn, config)
+        new.plain_class = type(experts)
+        return new
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor

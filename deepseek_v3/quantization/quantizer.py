@@ -20,6 +20,7 @@ from ..kernels.fp8 import FP8_CARD
 from .config import FP8Config, request
 from .experts import FP8Experts
 from .linear import CodesModule, FP8Linear
+from .merging import dequantize_modules
 from .saving import are_powers_of_two
 from .stored import FP8, SCALE_SUFFIX, CheckpointTensors, dequantize_parts
 
@@ -90,6 +91,12 @@ class DeepseekFP8Quantizer(HfQuantizer):
             self.quantization_config.scale_fmt = None
             for module in kept:
                 module.scale_fmt = None
+        return model
+
+    def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        """`model.dequantize()`: see `dequantize_modules`."""
+        dequantize_modules(model, dtype)
+        self.remove_quantization_config(model)
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[Any, dict]:

@@ -1,28 +1,41 @@
-"""A model's weights in the official FP8 layout, one tensor after another, for `save_pretrained(quantize="fp8")`.
+"""A model's weights written as the official FP8 files, one tensor after another: `save_pretrained(quantize="fp8")`.
 
 Special about it: codes that are there already (kept FP8, or the file that a model was fine-tuned from, where a weight
 still is what that file dequantises to) are written back bit for bit; every other matrix is quantised once, and what
-the rounding did to the change is measured.
+the rounding did to the change is measured. Shapes are known before the first weight is touched, so each tensor goes
+straight to its place in its file and is dropped: beside the model there is one matrix in memory, not a second model.
+All files get their names together at the end, so a folder may be saved over even while its files are read.
 
 Letters: E routed experts, F expert width.
 """
 
+import copy
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
+from torch.distributed.tensor import DTensor
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, hub, logging
 
-from ..configuration.layout import official_tensors
+from ..configuration.layout import official_tensors, scale_shape
+from ..conversion.header import ITEM_BYTES, build_header
+from ..conversion.steps import Entry, Item, pack, shard_file
+from ..conversion.writer import atomic_file, write_all, write_json
 from ..kernels import dequantize_weight, quantize_weight
-from .stored import FP8, SCALE_SUFFIX, CheckpointTensors, read_scale
+from .config import FP8Config
+from .merging import RoundingReport
+from .stored import FP8, FP8_NAME, SCALE_SUFFIX, CheckpointTensors, read_scale
 
 logger = logging.get_logger(__name__)
 
 _FUSED = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)(_scale_inv)?")
+_SHARD = re.compile(r"model(-\d{5}-of-\d{5,6})?\.safetensors")
+_SAFETENSORS = {FP8: FP8_NAME, torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 
 
 def are_powers_of_two(scale: torch.Tensor) -> bool:
@@ -30,50 +43,224 @@ def are_powers_of_two(scale: torch.Tensor) -> bool:
     return bool((torch.frexp(scale.float())[0] == 0.5).all())
 
 
-def quantized_state_dict(
-    state_dict: dict[str, torch.Tensor],
+class Weights(NamedTuple):
+    """A model's weights, for writing.
+
+    Attributes:
+        state_dict: the model's own names, experts fused; offloaded tensors on the meta device.
+        fetch: gives an offloaded tensor by name.
+        copies: further official names -> the name in `state_dict` whose tensor they hold, too.
+        tied: names that another name stores.
+    """
+
+    state_dict: Mapping[str, torch.Tensor]
+    fetch: Callable[[str], torch.Tensor]
+    copies: Mapping[str, str]
+    tied: Iterable[str]
+
+    def names(self) -> Iterator[tuple[str, str]]:
+        """(name to write, name in `state_dict`), of every tensor."""
+        yield from ((name, name) for name in self.state_dict if name not in self.tied)
+        yield from self.copies.items()
+
+    def read(self, name: str) -> torch.Tensor:
+        tensor = self.state_dict[name].detach()
+        return self.fetch(name).detach() if tensor.is_meta else tensor
+
+
+def save_quantized(
+    model: Any,
+    save_directory: Any,
+    weights: Weights,
+    *,
+    quantize: str | None = "fp8",
+    scale_fmt: str | None = None,
+    original: Any = None,
+    is_main_process: bool = True,
+    max_shard_size: int | str = "5GB",
+    push_to_hub: bool = False,
+    token: Any = None,
+    **kwargs: Any,
+) -> None:
+    """`save_pretrained(folder, quantize="fp8")` of every class of this package, which documents the arguments.
+
+    Leaves the model's `rounding_report` behind: a `RoundingReport` with `original`, else None.
+    """
+    _check(model, weights, quantize, scale_fmt, () if push_to_hub else kwargs)
+    if not model.should_save_on_this_rank(is_main_process):
+        return
+    folder = Path(save_directory)
+    new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    send = _upload(model, folder, token, **kwargs) if push_to_hub else None
+    try:
+        model.rounding_report = write_quantized(
+            weights,
+            model.config,
+            folder,
+            scale_fmt=scale_fmt,
+            original=None if original is None else os.fspath(original),
+            shard_bytes=hub.convert_file_size_to_int(max_shard_size),
+        )
+    except BaseException:
+        if new and not any(folder.iterdir()):
+            folder.rmdir()
+        raise
+    config = copy.deepcopy(model.config)
+    config.quantization_config, config.dtype = FP8Config(scale_fmt=scale_fmt), "bfloat16"
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+    if model.rounding_report:
+        logger.warning(model.rounding_report.text())
+        if warning := model.rounding_report.warning():
+            logger.warning(warning)
+    if send:
+        send()
+
+
+def _check(model: Any, weights: Weights, quantize: str | None, scale_fmt: str | None, unknown: Iterable[str]) -> None:
+    if quantize != "fp8":
+        raise ValueError(f"quantize={quantize!r}: only 'fp8' can be written; scale_fmt and original go with it")
+    if scale_fmt not in (None, "ue8m0"):
+        raise ValueError(f"scale_fmt={scale_fmt!r}: choose None (float32 scales) or 'ue8m0' (powers of two)")
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError("quantize='fp8' writes whole models; merge the adapters first")
+    if unknown:
+        names = ", ".join(unknown)
+        raise ValueError(f"quantize='fp8' goes without {names}: leave it out, or convert a saved folder to FP8 after")
+    for name, tensor in weights.state_dict.items():
+        if isinstance(tensor, DTensor):
+            raise ValueError(
+                f"{name} is spread over processes, and quantize='fp8' writes from one: give it a gathered "
+                "state_dict=accelerator.get_state_dict(model), or save in BF16 and convert"
+            )
+        if tensor.dtype not in _SAFETENSORS:
+            raise ValueError(f"{name} is {tensor.dtype}, which the FP8 layout does not hold; call model.dequantize()")
+
+
+def _upload(
+    model: Any,
+    folder: Path,
+    token: Any,
+    *,
+    repo_id: str | None = None,
+    commit_message: str | None = None,
+    create_pr: bool = False,
+    **kwargs: Any,
+) -> Callable[[], None]:
+    """Make the repository now, as transformers does, and give back what sends the files that will be new by then."""
+    repo_id = hub.hf_api().create_repo(repo_id or folder.name, exist_ok=True, token=token, **kwargs).repo_id
+    before = model._get_files_timestamps(folder)
+
+    def send() -> None:
+        hub.create_and_tag_model_card(repo_id, model.model_tags, token=token).save(folder / "README.md")
+        model._upload_modified_files(
+            folder, repo_id, before, commit_message=commit_message, token=token, create_pr=create_pr
+        )
+
+    return send
+
+
+def write_quantized(
+    weights: Weights,
     config: Any,
+    folder: Path,
     *,
     scale_fmt: str | None = None,
-    fetch: Callable[[str], torch.Tensor],
-    tied: Any = (),
     original: str | None = None,
-) -> dict[str, torch.Tensor]:
-    """Official names to tensors on the CPU: E4M3 codes, float32 scales, the rest BF16, router biases float32.
+    shard_bytes: int,
+) -> RoundingReport | None:
+    """Write the safetensors files, and their index where there are several, of the official FP8 layout.
+
+    E4M3 codes, float32 scales, router biases float32, the rest BF16.
 
     Args:
-        state_dict: the model's own, experts fused, MTP modules' copies of embedding and head included.
+        weights: what to write.
         config: the model's, which says what the official files hold.
+        folder: where; what lies there stays whole until the last file is written, then older shards go.
         scale_fmt: None for float32 scales, "ue8m0" for powers of two.
-        fetch: gives an offloaded tensor by name.
-        tied: names that another name stores.
         original: a folder with the FP8 checkpoint that the model was fine-tuned from, or None.
+        shard_bytes: largest file in bytes.
+
+    Returns:
+        what rounding did to the changes, with `original`; else None.
 
     Raises:
         ValueError: weights that are not finite; kept codes whose scales `scale_fmt` cannot hold.
+        OSError: the disk is full, or fails. In both cases nothing was written.
     """
-    kinds = {spec.name: spec.kind for spec in official_tensors(config, quantized=True)}
+    kinds: dict[str, str] = {spec.name: spec.kind for spec in official_tensors(config, quantized=True)}
     untouched = _Original(original, scale_fmt) if original is not None else None
-    result: dict[str, torch.Tensor] = {}
-    for name, tensor in state_dict.items():
-        if name in tied:
-            continue
-        tensor = fetch(name) if tensor.device.type == "meta" else tensor
-        for official, part in _split(name, tensor.detach()):
-            # A base model's names lack the prefix.
-            known = official if official in kinds else f"model.{official}"
-            kind = kinds.get(known)
-            if part.dtype == FP8 or kind == "scale":
-                result[official] = _kept(official, part, scale_fmt)
+    groups = pack(_items(weights, kinds), shard_bytes)
+    names = [shard_file(i, len(groups)) for i in range(1, len(groups) + 1)] if len(groups) > 1 else [SAFE_WEIGHTS_NAME]
+    place: dict[str, tuple[int, int]] = {}
+    with ExitStack() as files:
+        if untouched:
+            files.callback(untouched.tensors.close)
+        for name, group in zip(names, groups, strict=True):
+            fd = files.enter_context(atomic_file(folder / name))
+            header, offsets, _ = build_header(_entries(group))
+            write_all(fd, header, 0)
+            place |= {tensor: (fd, offset) for tensor, offset in offsets.items()}
+        for name, tensor in _official(weights, kinds, scale_fmt, untouched):
+            write_all(place[name][0], tensor.contiguous().view(torch.uint8).numpy(), place[name][1])
+    if len(groups) > 1:
+        weight_map = {entry.name: name for name, group in zip(names, groups, strict=True) for entry in _entries(group)}
+        total = sum(item.nbytes for group in groups for item in group)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        write_json(folder / SAFE_WEIGHTS_INDEX_NAME, index)
+    else:
+        (folder / SAFE_WEIGHTS_INDEX_NAME).unlink(missing_ok=True)
+    for path in list(folder.iterdir()):
+        if _SHARD.fullmatch(path.name) and path.name not in names:
+            path.unlink()
+    return untouched.report if untouched else None
+
+
+def _entries(group: list[Item]) -> list[Entry]:
+    """A file's tensors, wide element types first, so that each is aligned."""
+    entries = [entry for item in group for entry in item.entries]
+    return sorted(entries, key=lambda entry: -ITEM_BYTES[entry.dtype])
+
+
+def _kind(kinds: dict[str, str], name: str, part: torch.Tensor) -> tuple[str, str]:
+    """The name that the official list has for `name`, and "kept", "fp8" or a dtype of the part."""
+    # A base model's names lack the prefix.
+    known = name if name in kinds else f"model.{name}"
+    kind = kinds.get(known, "")
+    if part.dtype == FP8 or kind == "scale":
+        return known, "kept"
+    return known, {"fp8": "fp8", "bf16": "BF16", "f32": "F32"}.get(kind) or _SAFETENSORS[part.dtype]
+
+
+def _items(weights: Weights, kinds: dict[str, str]) -> Iterator[Item]:
+    for name, source in weights.names():
+        for official, part in _split(name, weights.state_dict[source].detach()):
+            kind, shape = _kind(kinds, official, part)[1], tuple(part.shape)
+            if kind == "fp8":
+                scale = Entry(official + SCALE_SUFFIX, "F32", scale_shape(*shape))
+                yield Item((Entry(official, FP8_NAME, shape), scale), ())
+            else:
+                yield Item((Entry(official, _SAFETENSORS[part.dtype] if kind == "kept" else kind, shape),), ())
+
+
+def _official(
+    weights: Weights, kinds: dict[str, str], scale_fmt: str | None, untouched: "_Original | None"
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Official names and tensors on the CPU, each made when it is asked for."""
+    dtypes = {name: dtype for dtype, name in _SAFETENSORS.items()}
+    for name, source in weights.names():
+        for official, part in _split(name, weights.read(source)):
+            known, kind = _kind(kinds, official, part)
+            if kind == "kept":
+                yield official, _kept(official, part, scale_fmt)
             elif kind == "fp8":
                 pair = untouched.codes(known, part) if untouched else _quantize(official, part, scale_fmt)
-                result[official], result[official + SCALE_SUFFIX] = pair
+                yield from zip((official, official + SCALE_SUFFIX), pair, strict=True)
             else:
-                dtype = {"bf16": torch.bfloat16, "f32": torch.float32}.get(kind or "", part.dtype)
-                result[official] = part.to("cpu", dtype)
-    if untouched:
-        untouched.report()
-    return result
+                yield official, part.to("cpu", dtypes[kind])
 
 
 def _split(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
@@ -112,9 +299,7 @@ class _Original:
         self.tensors = CheckpointTensors(checkpoint_files(folder))
         self.names = self.tensors.fp8_weights()
         self.scale_fmt = scale_fmt
-        self.equal = 0
-        # Of each weight that was touched: how much of its change the rounding took, as a share of the change.
-        self.lost: dict[str, float] = {}
+        self.report = RoundingReport()
 
     def codes(self, name: str, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if name not in self.names:
@@ -124,32 +309,11 @@ class _Original:
         before = dequantize_weight(codes, scale, dtype=weight.dtype)
         fits = self.scale_fmt is None or are_powers_of_two(scale)
         if torch.equal(before, weight) and fits:
-            self.equal += 1
+            self.report.untouched += 1
             return codes, scale
         pair = _quantize(name, weight, self.scale_fmt)
-        change = weight.float() - before.float()
-        if bool(change.any()):
-            after = dequantize_weight(*pair, dtype=torch.float32) - before.float()
-            self.lost[name] = float((after - change).norm() / change.norm())
+        self.report.add(name, before, weight, dequantize_weight(*pair, dtype=torch.float32))
         return pair
-
-    def report(self) -> None:
-        self.tensors.close()
-        if not self.lost:
-            logger.warning(f"{self.equal} FP8 weights are those of the original checkpoint; none was changed.")
-            return
-        shares = sorted(self.lost.values())
-        logger.warning(
-            f"{self.equal} FP8 weights are those of the original checkpoint, {len(shares)} were changed and quantised "
-            f"again: rounding moved them by {shares[len(shares) // 2]:.2f} (median) to {shares[-1]:.2f} (largest) "
-            "times the size of their change."
-        )
-        drowned = [name for name, share in self.lost.items() if share > 0.5]
-        if drowned:
-            logger.warning(
-                f"In {len(drowned)} of them most of the change drowns in the rounding, {drowned[0]} among them. Save "
-                "the model in BF16, or keep the adapter beside the original weights."
-            )
 
 
 def checkpoint_files(folder: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Loading holds the model and little beside it, measured in a process of its own on a checkpoint of 200 MB."""
+"""Loading and saving hold the model and little beside it: measured in processes of their own on 200 MB of files."""
 
 import json
 import os
@@ -29,14 +29,28 @@ def large_folder(tmp_path_factory):
     return write_checkpoint(config, tmp_path_factory.mktemp("large") / "model", shards=SHARDS)
 
 
+def run(script, *arguments):
+    command = [sys.executable, HERE / script, *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(HERE.parents[1]), "OMP_NUM_THREADS": "1"}
+    output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    return json.loads(output.splitlines()[-1])
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's peak of resident memory")
 @pytest.mark.parametrize("how", ["kept", "dequantised"])
 def test_the_peak_stays_below_the_model_and_two_shards(how, large_folder, fp8_folder):
     sizes = [path.stat().st_size for path in large_folder.glob("*.safetensors")]
     assert len(sizes) == SHARDS and sum(sizes) > 200e6
-    command = [sys.executable, HERE / "measured_load.py", large_folder, how, fp8_folder]
-    environment = {**os.environ, "PYTHONPATH": str(HERE.parents[1]), "OMP_NUM_THREADS": "1"}
-    output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-    measured = json.loads(output.splitlines()[-1])
+    measured = run("measured_load.py", large_folder, how, fp8_folder)
     assert measured["model"] > sum(sizes) * (0.95 if how == "kept" else 1.9)
     assert measured["peak"] < measured["model"] + 2 * max(sizes), measured
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's peak of resident memory")
+def test_saving_as_fp8_needs_less_than_a_shard_beside_the_model(large_folder, fp8_folder, tmp_path):
+    shard = 40_000_000
+    measured = run("measured_save.py", large_folder, tmp_path, fp8_folder, str(shard))
+    sizes = [path.stat().st_size for path in (tmp_path / "large").glob("*.safetensors")]
+    assert len(sizes) > 4 and sum(sizes) > 200e6 and max(sizes) < shard * 1.01
+    # One matrix as float32 and its parts; two shards are what is allowed.
+    assert measured["peak"] < shard, measured

@@ -2,6 +2,9 @@
 
 import json
 import logging
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -164,7 +167,8 @@ def test_of_a_fine_tuned_model_only_what_training_touched_is_quantised_again(fp8
     changed = {name.removesuffix("_scale_inv") for name in source if raw(saved[name]) != raw(source[name])}
     assert changed == {small, large, "model.layers.2.mlp.experts.5.down_proj.weight"}
     assert "3 were changed" in logged(caplog)
-    assert f"In 1 of them most of the change drowns in the rounding, {small}" in logged(caplog)
+    assert f"vanished in FP8's rounding in 1 of 3 weights: {small}" in logged(caplog)
+    assert plain.rounding_report.vanished == [small] and len(plain.rounding_report.tensors) == 3
     assert kinds(saved) == official(plain.config, quantized=True)
 
 
@@ -174,7 +178,8 @@ def test_of_a_fine_tuned_model_only_what_training_touched_is_quantised_again(fp8
         ({"quantize": "int8"}, "only 'fp8'"),
         ({"quantize": "fp8", "scale_fmt": "e8"}, "ue8m0"),
         ({"scale_fmt": "ue8m0"}, "only 'fp8'"),
-        ({"quantize": "fp8", "push_to_hub": True}, "upload that folder"),
+        ({"quantize": "fp8", "variant": "x"}, "without variant"),
+        ({"quantize": "fp8", "repo_id": "a/b"}, "without repo_id"),
     ],
 )
 def test_bad_arguments_are_refused_before_anything_is_written(arguments, message, tmp_path):
@@ -208,3 +213,66 @@ def test_the_fused_layout_is_read_in_both_ways(kept, plain, tmp_path):
     again, dequantised = load(tmp_path, **KEEP), load(tmp_path, **DEQUANTIZE)
     assert {n: raw(t) for n, t in again.state_dict().items()} == {n: raw(t) for n, t in kept.state_dict().items()}
     assert all(torch.equal(tensor, plain.state_dict()[name]) for name, tensor in dequantised.state_dict().items())
+
+
+def test_a_folder_is_saved_over_while_it_is_read_and_older_files_go(fp8_folder, tmp_path):
+    folder = Path(shutil.copytree(fp8_folder, tmp_path / "a"))
+    places = {"model.embed_tokens": "cpu", "lm_head": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
+    places |= {f"model.layers.{i}": "disk" if i in (0, 3) else "cpu" for i in range(4)}
+    expected = {name: raw(tensor) for name, tensor in stored(folder).items()}
+    for limit in ("300KB", "5GB"):
+        model = load(folder, device_map=places, offload_folder=tmp_path / limit, **KEEP)
+        assert any(parameter.is_meta for parameter in model.parameters())
+        model.save_pretrained(folder, quantize="fp8", original=folder, max_shard_size=limit)
+        assert {name: raw(tensor) for name, tensor in stored(folder).items()} == expected
+        files = sorted(path.name for path in folder.glob("*.safetensors*"))
+        if limit == "5GB":
+            assert files == ["model.safetensors"]
+        else:
+            index = json.loads((folder / "model.safetensors.index.json").read_text())
+            assert sorted({*index["weight_map"].values(), "model.safetensors.index.json"}) == files
+            assert index["metadata"]["total_size"] == sum(map(len, expected.values()))
+            assert all((folder / name).stat().st_size < 320_000 for name in files)
+    assert not [path for path in folder.iterdir() if "partial" in path.name]
+
+
+def test_a_save_that_fails_leaves_the_folder_as_it_was(fp8_folder, plain, tmp_path, monkeypatch):
+    folder = Path(shutil.copytree(fp8_folder, tmp_path / "a"))
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with torch.no_grad():
+        plain.lm_head.weight[0, 0] = 1  # the last tensor but those of the layers
+        plain.model.layers[3].mlp.shared_experts.up_proj.weight[0, 0] = float("inf")
+    with pytest.raises(ValueError, match="shared_experts.up_proj.weight holds NaN or infinity; nothing was written"):
+        plain.save_pretrained(folder, quantize="fp8", max_shard_size="300KB")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_pushing_sends_the_new_files_through_transformers(plain, tmp_path, monkeypatch):
+    calls = {}
+
+    class Hub:
+        def create_repo(self, repo_id, **kwargs):
+            calls["repo"] = (repo_id, kwargs)
+            return SimpleNamespace(repo_id=f"me/{repo_id}")
+
+        def create_commit(self, repo_id, operations, **kwargs):
+            calls["commit"] = (repo_id, kwargs["commit_message"], {o.path_in_repo for o in operations})
+
+    card = SimpleNamespace(save=lambda path: Path(path).write_text("card"))
+    monkeypatch.setattr("transformers.utils.hub.hf_api", Hub)
+    monkeypatch.setattr("transformers.utils.hub.create_and_tag_model_card", lambda repo, *a, **k: card)
+    folder = tmp_path / "name"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("was here before")
+    plain.save_pretrained(folder, quantize="fp8", push_to_hub=True, commit_message="FP8", private=True)
+    assert calls["repo"] == ("name", {"exist_ok": True, "token": None, "private": True})
+    sent = {"model.safetensors", "config.json", "generation_config.json", "README.md"}
+    assert calls["commit"] == ("me/name", "FP8", sent)
+
+
+def test_what_cannot_be_written_is_named(plain, tmp_path):
+    weights = dict(plain.state_dict())
+    weights["model.norm.weight"] = weights["model.norm.weight"].to(torch.int8)
+    with pytest.raises(ValueError, match="model.norm.weight is torch.int8"):
+        plain.save_pretrained(tmp_path / "a", quantize="fp8", state_dict=weights)
+    assert not (tmp_path / "a").exists()
