@@ -27,7 +27,9 @@ class Rows:
         index: original row of each.
         n: [B] slot of the token that was chosen last and not processed yet.
         prompt_end: [B] slot after the prompt's last token.
+        stands: n, on the host.
         known_from: [B] first slot whose state was seen in this call; MTP rows before it stay as they are.
+        known: known_from, on the host.
     """
 
     def __init__(self, prompt_mask: torch.Tensor, prompt_positions: torch.Tensor, past: int) -> None:
@@ -38,12 +40,26 @@ class Rows:
         self.n = self.prompt_end.clone()
         first = torch.where(prompt_mask, columns, prompt_mask.shape[1]).amin(dim=1)
         self.known_from = first.clamp(min=past)
+        self.stands, self.known = torch.stack((self.n, self.known_from)).tolist()
 
     def select(self, keep: torch.Tensor) -> None:
         """Go on with the rows `keep` (positions among the present ones)."""
         self.index = [self.index[i] for i in keep.tolist()]
         for name in ("n", "prompt_mask", "prompt_positions", "prompt_end", "known_from"):
             setattr(self, name, getattr(self, name)[keep])
+        self.stands, self.known = ([values[i] for i in keep.tolist()] for values in (self.stands, self.known))
+
+    def move(self, moved: torch.Tensor, kept: list[int]) -> None:
+        """Every row chose so many tokens more, [B] on the device and the same on the host."""
+        self.n += moved
+        self.stands = [n + more for n, more in zip(self.stands, kept, strict=True)]
+
+    def reach(self, offset: int, count: int) -> tuple[int, int]:
+        """Of `count` queries of every row from slot n + `offset` on, the last of them known: the least end of a row,
+        and the slots that all take, those that run for nothing after the others."""
+        ends = [n + offset + count for n in self.stands]
+        unknown = [max(first - (n + offset), 0) for n, first in zip(self.stands, self.known, strict=True)]
+        return min(ends), max(end + more for end, more in zip(ends, unknown, strict=True))
 
     def position_ids(self, slots: torch.Tensor) -> torch.Tensor:
         """Positions of the tokens in [B, T] slots: the prompt's own, then one after another."""
@@ -128,12 +144,12 @@ class Drafter:
         for depth in range(count):
             if depth < self.modules:
                 embeds = following[:, depth : depth + self.window]
-                normed, previous = self._run(depth, previous, embeds, window)
+                normed, previous = self._run(depth, previous, embeds, window, -self.window)
                 carry = previous[:, -1:]
             else:  # the last module again, on its own output, one row further each time
-                slot = (rows.n + depth - self.modules)[:, None]
+                offset = depth - self.modules
                 embeds = self.embed(drafts[:, -1:])
-                normed, carry = self._run(self.modules - 1, carry, embeds, slot)
+                normed, carry = self._run(self.modules - 1, carry, embeds, (rows.n + offset)[:, None], offset)
             tokens, distribution = choose(drafts, self.model.lm_head(normed[:, -1]))
             drafts = torch.cat((drafts, tokens[:, None]), dim=1)
             drawn.append(distribution)
@@ -142,20 +158,32 @@ class Drafter:
         return drafts, drawn
 
     def _run(
-        self, module: int, previous: torch.Tensor, embeds: torch.Tensor, queries: torch.Tensor
+        self,
+        module: int,
+        previous: torch.Tensor,
+        embeds: torch.Tensor,
+        queries: torch.Tensor,
+        offset: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One module on rows in slots `queries` [B, N]. Rows before what is known in this call run for nothing, out
-        of sight: beyond the last valid slot, which is cleared."""
+        """One module on rows in slots `queries` [B, N], which begin at n + `offset` or, in a prompt, anywhere. Rows
+        before what is known in this call run for nothing, out of sight: beyond the last valid slot, which is cleared.
+        """
         rows = self.rows
         known = queries >= rows.known_from[:, None]
         end = torch.where(known, queries + 1, 0).amax(dim=1)
         scratch = end[:, None] + torch.arange(queries.shape[1], device=queries.device)
         slots = torch.where(known, queries, scratch)
-        low, extent = torch.stack((end.min(), slots.max() + 1)).tolist()
-        mask = rows.visible(slots, self.cache.shown(extent), self.cache.mtp_start)
+        graphs = self.cache.graphs
+        if offset is None:
+            low, extent = torch.stack((end.min(), slots.max() + 1)).tolist()
+            spans = None
+        else:
+            low, extent = rows.reach(offset, queries.shape[1])
+            spans = None if graphs is None else graphs.row_spans(slots, extent, self.cache.mtp_start)
+        mask = rows.visible(slots, self.cache.shown(extent), self.cache.mtp_start) if spans is None else None
         positions = rows.position_ids(queries.clamp(min=0))
         with self.cache.rows(RowSlots(slots, end, low, extent)):
-            return self.model.draft(module, previous, embeds, mask, positions, self.cache, mla_form="absorbed")
+            return self.model.draft(module, previous, embeds, mask, positions, self.cache, "absorbed", spans)
 
     def advance(self, states: torch.Tensor, tokens: torch.Tensor, kept: torch.Tensor) -> None:
         """Take what a verification settled.

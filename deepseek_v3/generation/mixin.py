@@ -1,5 +1,7 @@
 """What `generate` does differently for latent attention and Multi-Token Prediction."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -59,9 +61,22 @@ class LatentGenerationMixin(GenerationMixin):
     def _sample(self: Any, input_ids: Any, **prepared: Any) -> Any:  # type: ignore[override]
         """Greedy decoding and sampling, the two strategies that drafts serve, with everything prepared."""
         asked = _ASKED.get()
-        if asked is None:
+        if asked is not None:
+            return _speculate(self, input_ids, asked[0], **prepared)
+        cache, mask = prepared.get("past_key_values"), prepared.get("attention_mask")
+        with replayed(self, cache, mask, prepared["generation_config"]):
             return super()._sample(input_ids, **prepared)  # type: ignore[misc]
-        return _speculate(self, input_ids, asked[0], **prepared)
+
+    def prepare_inputs_for_generation(self: Any, input_ids: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """As in transformers; a step that a graph replays takes what its rows see instead of a mask."""
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc]
+        cache = inputs.get("past_key_values")
+        graphs, tokens = getattr(cache, "graphs", None), inputs.get("input_ids")
+        if graphs is not None and tokens is not None:
+            spans = graphs.spans(cache, *tokens.shape)
+            if spans is not None:
+                inputs |= {"mla_spans": spans, "attention_mask": None}
+        return inputs
 
     def _prepare_cache_for_generation(self: Any, generation_config: Any, model_kwargs: Any, *args: Any) -> Any:
         given = model_kwargs.get("past_key_values")
@@ -69,6 +84,25 @@ class LatentGenerationMixin(GenerationMixin):
         made = model_kwargs.get("past_key_values")
         if given is None and type(made) is DynamicCache:
             model_kwargs["past_key_values"] = LatentCache(self.config, offloading=made.offloading)
+
+
+@contextmanager
+def replayed(model: Any, cache: Any, mask: torch.Tensor | None, generation_config: Any) -> Iterator[None]:
+    """Within this context the decode steps over `cache` are replayed from CUDA graphs, where they can be captured.
+
+    `generation_config.disable_compile` keeps them off, and so do hidden states or attentions that are asked for:
+    a replay calls no module that could record them.
+    """
+    records = generation_config.output_hidden_states or generation_config.output_attentions
+    usable = isinstance(cache, LatentCache) and (mask is None or mask.dim() == 2)
+    if not usable or records or generation_config.disable_compile:
+        yield
+        return
+    cache.graphs = model.base_model.decode_graphs(cache, None if mask is None else mask.bool())
+    try:
+        yield
+    finally:
+        cache.graphs = None
 
 
 def _refuse_other_strategies(model: Any, base: Any, kwargs: dict[str, Any]) -> None:
@@ -136,7 +170,7 @@ def _speculate(
         positions = torch.cat((positions[:, :past], own), dim=1)
     made_here = getattr(given, "_is_user_defined", False) is False
     keep_cache = generation_config.return_dict_in_generate or not made_here
-    with torch.no_grad():
+    with torch.no_grad(), replayed(model, cache, attention_mask, generation_config):
         return SpeculativeDecoder(
             model,
             input_ids,

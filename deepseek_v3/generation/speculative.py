@@ -110,7 +110,7 @@ class SpeculativeDecoder:
         active = [row for row in self.rows.index if not self.done[row]]
         drafts = min(drafts, max(self._room(row) for row in active) - 1)
         if self.cache.max_cache_len is not None:
-            drafts = min(drafts, self.cache.max_cache_len - 1 - int(self.rows.n.max()))
+            drafts = min(drafts, self.cache.max_cache_len - 1 - max(self.rows.stands))
         return max(drafts, 0)
 
     # The prompt
@@ -158,15 +158,18 @@ class SpeculativeDecoder:
         drafted, drawn = self._draft(drafts)
         tokens = torch.cat((self.chosen[:, None], drafted), dim=1)  # [B, k + 1]
         slots = rows.n[:, None] + torch.arange(drafts + 1, device=rows.n.device)
-        low, extent = torch.stack((slots.min() + drafts + 1, slots.max() + 1)).tolist()
+        low, extent = min(rows.stands) + drafts + 1, max(rows.stands) + drafts + 1
+        graphs = self.cache.graphs
+        spans = None if graphs is None else graphs.row_spans(slots, extent)
         with self.cache.rows(RowSlots(slots, slots[:, -1] + 1, low, extent)):
             output = self.model(
                 input_ids=tokens,
-                attention_mask=rows.visible(slots, self.cache.shown(extent)),
+                attention_mask=rows.visible(slots, self.cache.shown(extent)) if spans is None else None,
                 position_ids=rows.position_ids(slots),
                 past_key_values=self.cache,
                 use_cache=True,
                 mla_form="absorbed",
+                mla_spans=spans,
                 output_mtp_state=True,
                 output_hidden_states=self.recorder.hidden_states,
             )
@@ -247,7 +250,7 @@ class SpeculativeDecoder:
         self.drafter.advance(output.mtp_state, following_tokens, moved)
         last = following_tokens.gather(1, (moved - 1).clamp(min=0)[:, None])[:, 0]
         self.chosen = torch.where(moved > 0, last, self.chosen)
-        self.rows.n += moved
+        self.rows.move(moved, kept)
 
     # The end
 
@@ -261,6 +264,8 @@ class SpeculativeDecoder:
         self.drafter.select(keep)
         self.chosen = self.chosen[keep]
         self.cache.batch_select_indices(keep)
+        if self.cache.graphs is not None:
+            self.cache.graphs.select(keep)
 
     def _finish(self) -> Any:
         longest = max(len(tokens) for tokens in self.new)
@@ -283,4 +288,4 @@ class SpeculativeDecoder:
     def _settle(self) -> None:
         """Leave the cache as a later call expects it: every module's rows up to date, no slot beyond the tokens."""
         self.drafter.draft(1, lambda drafts, logits: choose(logits, sample=False))
-        self.cache.settle(int(self.rows.n.max()))
+        self.cache.settle(max(self.rows.stands))

@@ -159,6 +159,11 @@ def spans_of(mask: torch.Tensor | None, queries: int) -> Spans | None:
     return Spans(starts.int(), lengths.int()) if bool((span == seen).all()) else None
 
 
+def step_spans(slots: torch.Tensor, starts: torch.Tensor | None, extent: int | None) -> Spans:
+    """Spans of a captured step: [B, T] slots in whole storage, of which each row sees up to its newest token."""
+    return Spans(starts, (slots[:, -1] + 1).int(), Extension(slots, extent, whole=True))
+
+
 def _per_head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x [B, H, T, i] times each head's weight [H, i, o], one product a head for the whole batch: [B, H, T, o]."""
     batch, heads, length, width = x.shape
@@ -176,7 +181,7 @@ def _softmax(scores: torch.Tensor, mask: torch.Tensor | None, dtype: torch.dtype
     return nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(dtype)
 
 
-def _is_bare(norm: nn.Module) -> bool:
+def is_bare(norm: nn.Module) -> bool:
     """Whether a norm may be read as a weight: nothing wraps it, and its weight is on its device."""
     return type(norm) is DeepseekV3RMSNorm and not hasattr(norm, "_hf_hook") and not hasattr(norm, "parametrizations")
 
@@ -233,7 +238,7 @@ class DeepseekV3Attention(nn.Module):
         Returns:
             [B, T, D], and the attention weights [B, H, T, S] where the back end gives them.
         """
-        if mla_spans is not None and mla_spans.extension is not None and _is_bare(self.kv_a_layernorm):
+        if mla_spans is not None and mla_spans.extension is not None and is_bare(self.kv_a_layernorm):
             return self._decode(hidden_states, position_embeddings, past_key_values, mla_spans), None
         query = self._query(hidden_states, position_embeddings)
         latents = self._latents(hidden_states, position_embeddings)

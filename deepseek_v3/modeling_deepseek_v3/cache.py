@@ -39,10 +39,12 @@ class Extension(NamedTuple):
 
     slots: [B, T], int64.
     extent: slots in use afterwards; None where the slots of a fixed cache say it.
+    whole: show all of the storage instead of the slots in use, so that the view is the same one at every step.
     """
 
     slots: torch.Tensor
     extent: int | None
+    whole: bool = False
 
 
 def _write_rows(storage: torch.Tensor, new: torch.Tensor, rows: RowSlots) -> None:
@@ -134,7 +136,13 @@ class LatentLayer(CacheLayerMixin):
         assert extension.extent is not None
         self._reserve(extension.extent)
         self._length = extension.extent
-        return self.joint()
+        assert self._storage is not None
+        return self._storage[:, 0] if extension.whole else self.joint()
+
+    @property
+    def address(self) -> int:
+        """Where the storage lies; it moves when it grows."""
+        return 0 if self._storage is None else self._storage.data_ptr()
 
     def _reserve(self, end: int) -> None:
         """Make room for `end` tokens, half as much again where it has to grow."""
@@ -268,6 +276,8 @@ class LatentCache(DynamicCache):
     def __init__(self, config: Any, max_cache_len: int | None = None, offloading: bool = False) -> None:
         self.config, self.max_cache_len = config, max_cache_len
         self._rows: RowSlots | None = None
+        # The captured decode steps of the `generate` call in progress, where it has any.
+        self.graphs: Any = None
         # The first token, in its own sequence's count, that the MTP modules' layers know of.
         self.mtp_start = 0
         if max_cache_len is None:

@@ -15,6 +15,7 @@ from transformers.utils.import_utils import is_torchdynamo_compiling
 
 from ..configuration.configuration_deepseek_v3 import DeepseekV3Config
 from ..generation import LatentGenerationMixin
+from .attention import Spans
 from .checkpoint import without_mtp
 from .losses import IGNORE_INDEX, check_labels, cross_entropy_sum, shifted
 from .meter import LossMeter
@@ -112,6 +113,7 @@ class DeepseekV3ForCausalLM(DeepseekV3PreTrainedModel, LatentGenerationMixin):
         position_ids: torch.Tensor,
         past_key_values: Cache | None = None,
         mla_form: str | None = None,
+        mla_spans: Spans | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Run one MTP module on cached or fresh rows.
 
@@ -119,13 +121,13 @@ class DeepseekV3ForCausalLM(DeepseekV3PreTrainedModel, LatentGenerationMixin):
             module: which one, from 0.
             previous: [B, T, D], `mtp_state` or what the previous module gave as its second result.
             inputs_embeds: [B, T, D], embeddings of the tokens that the rows look at.
-            attention_mask, position_ids, past_key_values, mla_form: as of the base model.
+            attention_mask, position_ids, past_key_values, mla_form, mla_spans: as of the base model.
 
         Returns:
             What `lm_head` reads, [B, T, D], and what the next module (or this one again) takes as `previous`.
         """
         layer = self.model.mtp_layers[module]
-        kwargs = {"past_key_values": past_key_values, "mla_form": mla_form}
+        kwargs = {"past_key_values": past_key_values, "mla_form": mla_form, "mla_spans": mla_spans}
         residual = run_depth(self.model, layer, previous, inputs_embeds, attention_mask, position_ids, **kwargs)
         normed = layer.shared_head.norm(residual)
         return normed, residual if self.config.mtp_hidden_state == "pre_norm" else normed

@@ -18,18 +18,17 @@ from transformers.utils.import_utils import is_torchdynamo_compiling
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..configuration.configuration_deepseek_v3 import DeepseekV3Config
-from .attention import DeepseekV3Attention, Spans, choose_form, spans_of
+from .attention import DeepseekV3Attention, Spans, choose_form, spans_of, step_spans
 from .cache import LatentCache, check_cache
 from .checkpoint import LoadingMixin
 from .decoder import DeepseekV3DecoderLayer, DeepseekV3MTPLayer
+from .graphs import MOST_TOKENS, DecodeGraphs, make_graphs
 from .layers import DeepseekV3RMSNorm, on_kernels
 from .moe import DeepseekV3Experts, DeepseekV3MoE, DeepseekV3TopkRouter
 from .outputs import DeepseekV3ModelOutput
 from .rope import DeepseekV3RotaryEmbedding
 
 logger = logging.get_logger(__name__)
-
-_KERNEL_QUERIES = 8  # query tokens that the decode kernel takes at once: one, or one and its drafts
 
 
 class DeepseekV3PreTrainedModel(LoadingMixin, PreTrainedModel):
@@ -123,6 +122,7 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel):
         use_cache: bool | None = None,
         router_statistics: bool = False,
         mla_form: str | None = None,
+        mla_spans: Spans | None = None,
         **kwargs: Any,
     ) -> DeepseekV3ModelOutput:
         """Run the main layers.
@@ -135,6 +135,8 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel):
             use_cache: return a cache.
             router_statistics: return the balance loss; in training it and the experts' load are always computed.
             mla_form: "expanded" or "absorbed" for this forward; None leaves it to `config.mla_form`.
+            mla_spans: what the new tokens see and where they go, instead of a mask: `generate`'s steps, which
+                `past_key_values.graphs` replays.
 
         Raises:
             ValueError: both or none of the inputs, an empty input, token ids outside of the vocabulary, position_ids
@@ -149,20 +151,23 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel):
             check_cache(past_key_values, self.config, batch)
             seen = past_key_values.get_seq_length()
         positions = self._positions(position_ids, batch, length, seen, embeds.device)
-        form, mask, spans = self.mask(embeds, attention_mask, positions, past_key_values, form=mla_form)
-        hidden_states, balance_loss = self.run_layers(
-            embeds,
-            wanted=router_statistics or self.training,
-            token_mask=_token_mask(attention_mask, length),
-            position_embeddings=self.rotary_emb(embeds, positions),
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            mla_form=form,
-            mla_spans=spans,
-            **kwargs,
-        )
+        if mla_spans is not None:
+            hidden_states, balance_loss = self._step(embeds, positions, past_key_values, mla_spans), None
+        else:
+            form, mask, spans = self.mask(embeds, attention_mask, positions, past_key_values, form=mla_form)
+            hidden_states, balance_loss = self.run_layers(
+                embeds,
+                wanted=router_statistics or self.training,
+                token_mask=_token_mask(attention_mask, length),
+                position_embeddings=self.rotary_emb(embeds, positions),
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                mla_form=form,
+                mla_spans=spans,
+                **kwargs,
+            )
         keep_pre_norm = self.mtp_layers and self.config.mtp_hidden_state == "pre_norm"
         return DeepseekV3ModelOutput(
             last_hidden_state=self.norm(hidden_states),
@@ -170,6 +175,27 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel):
             balance_loss=balance_loss,
             pre_norm_hidden_state=hidden_states if keep_pre_norm else None,
         )
+
+    def decode_graphs(self, cache: Any, mask: torch.Tensor | None) -> DecodeGraphs | None:
+        """See `make_graphs`: for `generate`, which sets them as the cache's `graphs` for as long as it runs."""
+        return make_graphs(self, cache, mask)
+
+    def _step(self, embeds: torch.Tensor, positions: torch.Tensor, cache: Any, spans: Spans) -> torch.Tensor:
+        """The main layers over a few new tokens [B, T, D] of a decode step, replayed from a graph."""
+
+        def layers(
+            embeds: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor, starts: torch.Tensor | None
+        ) -> torch.Tensor:
+            angles = self.rotary_emb(embeds, positions)
+            spans = step_spans(slots, starts, extension.extent)
+            kwargs = {"position_embeddings": angles, "mla_form": "absorbed", "mla_spans": spans}
+            return self.run_layers(embeds, False, None, past_key_values=cache, **kwargs)[0]
+
+        extension = spans.extension
+        assert extension is not None
+        written = cache.layers[: self.config.num_hidden_layers]
+        where = (extension.slots, spans.starts)
+        return cache.graphs.run("main", written, extension, layers, (embeds, positions, *where))
 
     def run_layers(
         self, hidden_states: torch.Tensor, wanted: bool, token_mask: torch.Tensor | None, **kwargs: Any
@@ -221,7 +247,7 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel):
             layer_idx=layer_idx,
         )
         spans = None
-        few = form == "absorbed" and length <= _KERNEL_QUERIES
+        few = form == "absorbed" and length <= MOST_TOKENS
         if few and on_kernels(inputs_embeds) and self.config._attn_implementation != "eager":
             spans = spans_of(mask, length)  # type: ignore[arg-type]
         if spans is not None and isinstance(past_key_values, LatentCache):

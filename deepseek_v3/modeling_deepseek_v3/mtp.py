@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from .attention import Spans, step_spans
 from .decoder import DeepseekV3MTPLayer
 from .losses import IGNORE_INDEX, head_cross_entropy_sum, shifted
 from .model import DeepseekV3Model
@@ -68,6 +69,9 @@ def run_depth(
     **kwargs: Any,
 ) -> torch.Tensor:
     """One MTP module over [B, T, D] states and embeddings: the residual stream before `shared_head.norm`."""
+    step = kwargs.pop("mla_spans", None)
+    if step is not None:
+        return _depth_step(model, layer, (previous, inputs_embeds, position_ids), kwargs["past_key_values"], step)
     past_key_values, layer_idx = kwargs.get("past_key_values"), layer.self_attn.layer_idx
     form, mask, spans = model.mask(
         previous, attention_mask, position_ids, past_key_values, layer_idx=layer_idx, form=kwargs.pop("mla_form", None)
@@ -88,6 +92,28 @@ def run_depth(
     residual, _, load = output
     layer.mlp.gate.count(load)
     return residual
+
+
+def _depth_step(
+    model: DeepseekV3Model, layer: DeepseekV3MTPLayer, rows: tuple[torch.Tensor, ...], cache: Any, spans: Spans
+) -> torch.Tensor:
+    """One MTP module in a decode step, replayed from a graph; `rows` are states, embeddings and positions."""
+    extension, index = spans.extension, layer.self_attn.layer_idx
+    assert extension is not None
+
+    def run(
+        previous: torch.Tensor,
+        embeds: torch.Tensor,
+        positions: torch.Tensor,
+        slots: torch.Tensor,
+        starts: torch.Tensor | None,
+    ) -> torch.Tensor:
+        spans = step_spans(slots, starts, extension.extent)
+        kwargs = {"position_embeddings": model.rotary_emb(previous, positions), "past_key_values": cache}
+        return layer(previous, embeds, mla_form="absorbed", mla_spans=spans, **kwargs)
+
+    where = (extension.slots, spans.starts)
+    return cache.graphs.run(index, [cache.layers[index]], extension, run, (*rows, *where))
 
 
 def mtp_loss(

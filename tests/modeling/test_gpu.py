@@ -61,3 +61,25 @@ def test_gradients_equal_the_cpu(pair, tokens):
     theirs = dict(gpu.named_parameters())
     for name, parameter in cpu.named_parameters():
         assert close(theirs[name].grad, parameter.grad, 2e-3), name
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_replayed_steps_give_the_tokens_of_steps_that_are_not(pair, tokens, padded):
+    # In float32, and in BF16 where the kernels serve the step: the same launches, so the same bits.
+    for dtype in (torch.float32, torch.bfloat16):
+        gpu = pair[1].to(dtype)
+        prompt, mask = tokens.to("cuda"), torch.ones_like(tokens, device="cuda")
+        if padded:
+            mask[0, :5] = 0
+        kwargs = {"max_new_tokens": 90, "do_sample": False, "attention_mask": mask, "eos_token_id": None}
+        for mtp in ({}, {"use_mtp": True, "num_assistant_tokens": 2}):
+            plain = gpu.generate(prompt, disable_compile=True, **kwargs, **mtp)
+            assert torch.equal(gpu.generate(prompt, **kwargs, **mtp), plain), (dtype, mtp)
+
+
+def test_steps_are_replayed_where_nothing_forbids_it(pair, tokens, monkeypatch):
+    replays = []
+    replay = torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: replays.append(1) or replay(graph))
+    pair[1].generate(tokens.to("cuda"), max_new_tokens=20, do_sample=False, eos_token_id=None)
+    assert len(replays) == 18
