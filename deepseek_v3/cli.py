@@ -1,6 +1,7 @@
 """`deepseek-v3`, also `python -m deepseek_v3.cli`: one command for each thing the package does.
 
-Bad input ends with one line on standard error and exit code 2.
+Bad input ends with one line on standard error and exit code 2. Commands that load no model import no framework that
+they do not need: `inspect` reads 163 headers in less time than transformers takes to import.
 """
 
 import argparse
@@ -19,8 +20,12 @@ def make_parser() -> argparse.ArgumentParser:
         description="DeepSeek-V3 for Hugging Face: train, generate, convert and inspect models of that architecture.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    add_training_commands(commands)
-    add_conversion_commands(commands)
+    # Those of the first kind load models.
+    for add_commands, registers in ((add_training_commands, True), (add_conversion_commands, False)):
+        known = set(commands.choices)
+        add_commands(commands)
+        for name in commands.choices.keys() - known:
+            commands.choices[name].set_defaults(registers=registers)
     return parser
 
 
@@ -30,6 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Where it is installed, transformers imports it, and it speaks of kernels that no command here uses.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
+        if args.registers:
+            from .registration import register
+
+            register()
         return args.func(args)
     except (ValueError, OSError) as error:
         line = " ".join(str(error).split())

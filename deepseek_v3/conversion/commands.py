@@ -1,6 +1,7 @@
 """The subcommands `convert`, `verify` and `inspect`; each imports what it needs when it runs."""
 
 import argparse
+import gc
 import json
 import re
 from typing import Any
@@ -175,6 +176,13 @@ def _verify(args: argparse.Namespace) -> int:
 def _inspect(args: argparse.Namespace) -> int:
     from .inspection import inspect
 
-    result = inspect(args.folder)
+    # A million small objects and no cycles: looking for some takes a sixth of the time.
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        result = inspect(args.folder)
+    finally:
+        if collecting:
+            gc.enable()
     print(json.dumps(result.as_dict()) if args.json else result.text())
     return 0 if result.sound else 1

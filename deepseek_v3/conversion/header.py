@@ -179,11 +179,10 @@ def _entry(name: str, entry: Any, path: str, start: int) -> tuple[int, int, Tens
             raise TypeError
         if len(shape) > _MAX_DIMENSIONS:
             raise TypeError
-        count = 1
         for size in shape:
             if type(size) is not int or not 0 <= size < 1 << 63:
                 raise TypeError
-            count *= size
+        count = prod(shape)
     except (TypeError, KeyError, ValueError):
         problem = "the header entry is not {dtype, shape, data_offsets: [begin, end]} with whole numbers"
         raise CheckpointError(problem, file=path, tensor=name, remedy=_DAMAGED) from None

@@ -3,6 +3,8 @@
 Nothing here loads torch or reads a tensor, so the official 163 files take a fraction of a second.
 """
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from math import inf, prod
 from pathlib import Path
@@ -14,8 +16,12 @@ from deepseek_v3.configuration.presets import recognise
 
 from .config_json import block_quantization
 from .errors import CheckpointError
-from .layouts import DTYPES, SCALE_SUFFIX, config_view, mtp_layers, official_views, part_of, stored_dtypes
+from .header import ITEM_BYTES, TensorInfo
+from .layouts import DTYPES, SCALE_SUFFIX, config_view, mtp_layers, official_views, part_of
 from .reader import CONFIG_NAME, Checkpoint, open_checkpoint
+from .views import View
+
+Stored = Mapping[str, TensorInfo] | Mapping[str, View]
 
 _CONTEXT = 4096
 _SHOWN = 20
@@ -121,17 +127,17 @@ def inspect(folder: str | Path) -> Inspection:
         CheckpointError: the folder is no sound set of safetensors, or its config.json has no usable sizes.
     """
     checkpoint = open_checkpoint(folder)
-    counts = stored_dtypes(checkpoint)
+    dtypes = _by_dtype(checkpoint)
     result = Inspection(
         folder=str(folder),
         layout=checkpoint.layout,
-        precision="fp8" if "F8_E4M3" in counts else "bf16",
+        precision="fp8" if "F8_E4M3" in dtypes else "bf16",
         scale_fmt=None,
         preset=None,
         files=len(checkpoint.files),
-        tensors=sum(counts.values()),
+        tensors=sum(entry["tensors"] for entry in dtypes.values()),
         file_bytes=checkpoint.nbytes,
-        dtypes=_bytes_by_dtype(checkpoint, counts),
+        dtypes=dtypes,
         parameters={},
         mtp_announced=None,
         mtp_found=0,
@@ -142,16 +148,18 @@ def inspect(folder: str | Path) -> Inspection:
         file = checkpoint.folder / CONFIG_NAME
         raise CheckpointError("is missing", file=file, remedy="put the model's config.json there")
     else:
-        stored = {name: (view.dtype, view.shape) for name, view in official_views(checkpoint, None).items()}
-        _count(result, stored, None, None)
+        _count(result, official_views(checkpoint, None), None, None)
     return result
 
 
-def _bytes_by_dtype(checkpoint: Checkpoint, counts: dict[str, int]) -> dict[str, dict[str, int]]:
-    sizes = dict.fromkeys(counts, 0)
-    for header in checkpoint.files.values():
-        for info in header.tensors.values():
-            sizes[info.dtype] += info.nbytes
+def _by_dtype(checkpoint: Checkpoint) -> dict[str, dict[str, int]]:
+    infos = [info for header in checkpoint.files.values() for info in header.tensors.values()]
+    counts = Counter(info.dtype for info in infos)
+    # A handful of shapes make up ninety thousand tensors.
+    shapes = Counter((info.dtype, info.shape) for info in infos)
+    sizes: Counter[str] = Counter()
+    for (dtype, shape), number in shapes.items():
+        sizes[dtype] += number * prod(shape) * ITEM_BYTES[dtype]
     return {dtype: {"tensors": counts[dtype], "bytes": sizes[dtype]} for dtype in sorted(counts)}
 
 
@@ -165,39 +173,41 @@ def _against_config(result: Inspection, checkpoint: Checkpoint) -> None:
         result.scale_fmt = (block_quantization(checkpoint.config, quantized, file) or {}).get("scale_fmt")
     except CheckpointError as error:
         result.contradiction = error.problem
-    if checkpoint.layout == "official":
-        # No views: building 92,000 of them would take longer than reading the headers.
-        stored = {name: (info.dtype, info.shape) for name, info in checkpoint.tensors.items()}
-    else:
-        stored = {name: (v.dtype, v.shape) for name, v in official_views(checkpoint, view).items()}
-    wanted, numbers = set(), dict[str, int]()
-    for spec in official_tensors(view, quantized=quantized):
-        wanted.add(spec.name)
-        numbers[spec.kind] = numbers.get(spec.kind, 0) + prod(spec.shape)
-        found = stored.get(spec.name)
+    # No views of official files: building 92,000 of them would take longer than reading the headers.
+    official = checkpoint.layout == "official"
+    stored: Stored = checkpoint.tensors if official else official_views(checkpoint, view)
+    wanted, shapes = set(), Counter[tuple[str, tuple[int, ...]]]()
+    for name, shape, kind in official_tensors(view, quantized=quantized):
+        wanted.add(name)
+        shapes[kind, shape] += 1
+        found = stored.get(name)
         if found is None:
-            result.missing.append(spec.name)
-        elif tuple(found[1]) != tuple(spec.shape):
-            result.misshapen[spec.name] = f"shape {list(found[1])}, expected {list(spec.shape)}"
-        elif found[0] not in DTYPES[spec.kind]:
-            result.misshapen[spec.name] = f"dtype {found[0]}, expected {DTYPES[spec.kind][0]}"
+            result.missing.append(name)
+        elif found.shape != shape:
+            result.misshapen[name] = f"shape {list(found.shape)}, expected {list(shape)}"
+        elif found.dtype not in DTYPES[kind]:
+            result.misshapen[name] = f"dtype {found.dtype}, expected {DTYPES[kind][0]}"
+    numbers = Counter[str]()
+    for (stored_as, shape), count in shapes.items():
+        numbers[stored_as] += count * prod(shape)
     result.unexpected = sorted(stored.keys() - wanted)
     bill = account(view)
     _count(result, stored, view, bill)
     _estimate(result, checkpoint, view, bill, numbers)
 
 
-def _count(
-    result: Inspection, stored: dict[str, tuple[str, tuple[int, ...]]], view: Any, bill: Account | None
-) -> None:
+def _count(result: Inspection, stored: Stored, view: Any, bill: Account | None) -> None:
     layers = mtp_layers(stored)
     result.mtp_found = len(layers)
     first = view.num_hidden_layers if view is not None else min(layers, default=inf)
     found: dict[str, int] = {}
-    for name, (_, shape) in stored.items():
+    parts: dict[str, str] = {}
+    for name, info in stored.items():
         if not name.endswith(SCALE_SUFFIX):
-            part = part_of(name, first)
-            found[part] = found.get(part, 0) + prod(shape)
+            # All experts of a layer are the same part.
+            group = "".join(name.partition(".experts.")[:2])
+            part = parts.get(group) or parts.setdefault(group, part_of(group, first))
+            found[part] = found.get(part, 0) + prod(info.shape)
     expected: dict[str, int] = {}
     if bill is not None:
         expected = dict(bill.parts)
