@@ -98,6 +98,7 @@ def replayed(model: Any, cache: Any, mask: torch.Tensor | None, generation_confi
     if not usable or records or generation_config.disable_compile:
         yield
         return
+    cache.expect(generation_config.max_length or 0)
     cache.graphs = model.base_model.decode_graphs(cache, None if mask is None else mask.bool())
     try:
         yield

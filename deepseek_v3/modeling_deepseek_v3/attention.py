@@ -55,7 +55,8 @@ def effective_weight(linear: nn.Module, like: torch.Tensor) -> torch.Tensor:
     Anything else (adapters, other quantised weights, offload hooks) is asked for its products with the unit vectors,
     which no wrapper can make stale.
     """
-    plain = type(linear) is nn.Linear or hasattr(linear, "parametrizations")
+    # A subclass that trains in FP8 says so: its weight is the master weight.
+    plain = type(linear) is nn.Linear or hasattr(linear, "parametrizations") or hasattr(linear, "lends_weight")
     if not hasattr(linear, "_hf_hook") and linear.weight.device.type != "meta":
         if plain:
             return linear.weight  # type: ignore[return-value]
@@ -183,7 +184,7 @@ def _softmax(scores: torch.Tensor, mask: torch.Tensor | None, dtype: torch.dtype
 
 def is_bare(norm: nn.Module) -> bool:
     """Whether a norm may be read as a weight: nothing wraps it, and its weight is on its device."""
-    return type(norm) is DeepseekV3RMSNorm and not hasattr(norm, "_hf_hook") and not hasattr(norm, "parametrizations")
+    return isinstance(norm, DeepseekV3RMSNorm) and not hasattr(norm, "_hf_hook") and not hasattr(norm, "parametrizations")
 
 
 class DeepseekV3Attention(nn.Module):

@@ -16,7 +16,8 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, StaticLayer
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
-_ROOM = 64  # tokens: the least that storage grows by
+_ROOM = 64  # tokens: the least that storage grows by, and what its length is a multiple of
+_AHEAD = 1024  # tokens: what is made room for at once where a sequence may come to so many
 
 
 class RowSlots(NamedTuple):
@@ -72,6 +73,7 @@ class LatentLayer(CacheLayerMixin):
         self._storage: torch.Tensor | None = None  # [B, 1, capacity, C + R]
         self._rank = 0  # C
         self._length = 0
+        self.expected = 0  # tokens that the sequence may come to
         self.is_initialized = False
 
     def joint(self) -> torch.Tensor:
@@ -151,6 +153,9 @@ class LatentLayer(CacheLayerMixin):
         if end <= old.shape[2] and not _frozen(old):
             return
         capacity = max(end + _ROOM, end + end // 2)
+        # Not all at once on the word of a caller whose sequence may end long before.
+        capacity = max(capacity, min(self.expected, max(2 * capacity, end + _AHEAD)))
+        capacity += -capacity % _ROOM
         # Zeros: rows of different lengths show slots that nothing was written to.
         self._storage = old.new_zeros((old.shape[0], old.shape[1], capacity, old.shape[3]))
         self._storage[:, :, : self._length] = old[:, :, : self._length].detach()
@@ -278,6 +283,7 @@ class LatentCache(DynamicCache):
         self._rows: RowSlots | None = None
         # The captured decode steps of the `generate` call in progress, where it has any.
         self.graphs: Any = None
+        self._expected = 0
         # The first token, in its own sequence's count, that the MTP modules' layers know of.
         self.mtp_start = 0
         if max_cache_len is None:
@@ -285,25 +291,37 @@ class LatentCache(DynamicCache):
             return
         if max_cache_len < 1:
             raise ValueError(f"max_cache_len = {max_cache_len}: a fixed cache holds at least 1 token")
-        layers: list[Any] = [StaticLatentLayer(max_cache_len=max_cache_len) for _ in range(config.num_hidden_layers)]
+        layers: list[Any] = [self._new_layer() for _ in range(config.num_hidden_layers)]
         Cache.__init__(self, layers=layers, offloading=offloading)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write a layer's new latents [B, 1, T, C] and rotated keys [B, 1, T, R]; see `rows`."""
-        if self.max_cache_len is not None:
-            while len(self.layers) <= layer_idx:  # MTP modules
-                self.layers.append(StaticLatentLayer(max_cache_len=self.max_cache_len))
+        while len(self.layers) <= layer_idx:
+            self.layers.append(self._new_layer())
         if self._rows is not None:
             kwargs["rows"] = self._rows
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def _new_layer(self) -> LatentLayer | StaticLatentLayer:
+        if self.max_cache_len is not None:
+            return StaticLatentLayer(max_cache_len=self.max_cache_len)
+        layer = LatentLayer()
+        layer.expected = self._expected
+        return layer
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Slots that attention over `query_length` new tokens is shown in a layer, and the first one's index."""
         if self.max_cache_len is not None and layer_idx >= len(self.layers):
             return self.max_cache_len, 0  # an MTP module's layer, before it is written
         return super().get_mask_sizes(query_length, layer_idx)
+
+    def expect(self, tokens: int) -> None:
+        """Say how many tokens a sequence may come to, so that storage grows once instead of by and by."""
+        self._expected = tokens
+        for layer in self.layers:
+            layer.expected = tokens  # type: ignore[attr-defined]
 
     def extension(self, batch: int, tokens: int, layer_idx: int, dtype: torch.dtype) -> Extension | None:
         """Where `tokens` new ones of each sequence go, for `extend`; None where only `update` can write them."""

@@ -10,6 +10,7 @@ Letters: B batch, T new tokens.
 
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -24,6 +25,9 @@ from .moe import DeepseekV3Experts, DeepseekV3TopkRouter
 _CAPTURABLE = {nn.Linear, nn.Embedding, DeepseekV3RMSNorm, DeepseekV3TopkRouter, DeepseekV3Experts}
 MOST_TOKENS = 8  # new tokens of a row that the decode kernel takes at once: one, or one and its drafts
 
+# By model, the steps whose kernels are compiled.
+_COMPILED: WeakKeyDictionary[nn.Module, set[Any]] = WeakKeyDictionary()
+
 Tensors = tuple[torch.Tensor | None, ...]
 
 
@@ -32,11 +36,12 @@ class DecodeGraphs:
 
     Args:
         starts: int32 [B], first slot that a row of the batch sees; None where that is slot 0 for all.
+        compiled: names and shapes of the steps whose kernels are compiled; it grows.
     """
 
-    def __init__(self, starts: torch.Tensor | None) -> None:
-        self.starts = starts
-        self._steps: dict[Any, tuple[Tensors, Callable[[], torch.Tensor]] | None] = {}
+    def __init__(self, starts: torch.Tensor | None, compiled: set[Any]) -> None:
+        self.starts, self.compiled = starts, compiled
+        self._steps: dict[Any, tuple[Tensors, Callable[[], torch.Tensor]]] = {}
         self._pool: Any = None
 
     def select(self, keep: torch.Tensor) -> None:
@@ -71,7 +76,7 @@ class DecodeGraphs:
         function: Callable[..., torch.Tensor],
         inputs: Tensors,
     ) -> torch.Tensor:
-        """`function(*inputs)`, replayed from its second time on.
+        """`function(*inputs)`, replayed from the second time on that these names and shapes are seen.
 
         Args:
             name: tells functions apart.
@@ -82,15 +87,15 @@ class DecodeGraphs:
         """
         for layer in layers:
             layer.extend(extension)
+        kind = (name, tuple(None if tensor is None else tensor.shape for tensor in inputs))
+        if kind not in self.compiled:  # which no capture may do
+            self.compiled.add(kind)
+            return function(*inputs)
         addresses = tuple(layer.address for layer in layers)
-        shapes = tuple(None if tensor is None else tensor.shape for tensor in inputs)
-        key = (name, shapes, addresses)
+        key = (*kind, addresses)
         step = self._steps.get(key)
         if step is None:
-            if key not in self._steps:  # the first time compiles kernels, which no capture may
-                self._forget(name, addresses)
-                self._steps[key] = None
-                return function(*inputs)
+            self._forget(name, addresses)
             own = tuple(None if tensor is None else tensor.clone() for tensor in inputs)
             step = self._steps[key] = own, self._capture(function, own)
         for mine, given in zip(step[0], inputs, strict=True):
@@ -101,7 +106,7 @@ class DecodeGraphs:
     def _forget(self, name: Any, addresses: tuple[int, ...]) -> None:
         """Drop the steps over storage that is no more."""
         self._steps = {key: step for key, step in self._steps.items() if key[0] != name or key[2] == addresses}
-        if not any(self._steps.values()):
+        if not self._steps:
             self._pool = None  # the last graph took it along
 
     def _capture(self, function: Callable[..., torch.Tensor], inputs: Tensors) -> Callable[[], torch.Tensor]:
@@ -131,7 +136,7 @@ def make_graphs(model: nn.Module, cache: Any, mask: torch.Tensor | None) -> Deco
     if not grows or not is_capturable(model) or torch.cuda.is_current_stream_capturing():
         return None
     side_by_side, starts = starts_of(mask)
-    return DecodeGraphs(starts) if side_by_side else None
+    return DecodeGraphs(starts, _COMPILED.setdefault(model, set())) if side_by_side else None
 
 
 def starts_of(mask: torch.Tensor | None) -> tuple[bool, torch.Tensor | None]:
