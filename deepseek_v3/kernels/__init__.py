@@ -6,6 +6,7 @@ Importing this needs torch alone and asks neither the device nor the environment
 from .dispatch import BackendRow, BackendTable, backends
 from .experts import experts_forward
 from .fp8 import fp8_gemm
+from .fp8_training import retile, swiglu_backward
 from .grouped import grouped_gemm, grouped_wgrad
 from .grouped_fp8 import grouped_fp8_gemm, grouped_fp8_wgrad, quantize_grouped_transposed
 from .mla import mla_decode
@@ -40,9 +41,11 @@ __all__ = [
     "quantize_grouped_transposed",
     "quantize_swiglu",
     "quantize_weight",
+    "retile",
     "rms_norm",
     "rotate",
     "route",
     "sort_pairs",
+    "swiglu_backward",
     "write_latents",
 ]

@@ -4,14 +4,27 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .balance import RouterBalanceCallback, update_router_bias
+    from .fp8 import FP8Recipe, disable_fp8_training, enable_fp8_training
 
-__all__ = ["RouterBalanceCallback", "update_router_bias"]
+__all__ = [
+    "FP8Recipe",
+    "RouterBalanceCallback",
+    "disable_fp8_training",
+    "enable_fp8_training",
+    "update_router_bias",
+]
+
+_BALANCE = ("RouterBalanceCallback", "update_router_bias")
 
 
 def __getattr__(name: str) -> Any:
     # transformers' callbacks import PEFT and whatever quantisers are installed: only who trains waits for them.
-    if name in __all__:
+    if name in _BALANCE:
         from . import balance
 
         return getattr(balance, name)
+    if name in __all__:
+        from . import fp8
+
+        return getattr(fp8, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,44 @@
+"""Launchers of the steps of FP8 training between its products."""
+
+import torch
+import triton
+
+from ..reference.fp8 import padded_groups
+from ..reference.quantize import AMAX_FLOOR
+from .fp8_training import retile_columns, swiglu_gradient
+
+
+def retile(x, x_scale, source, offsets, scale_fmt, amax_floor):
+    """See ``deepseek_v3.kernels.retile``."""
+    width = x.shape[1]
+    rows = x.shape[0] if source is None else source.shape[0]
+    experts = 0 if offsets is None else offsets.numel() - 1
+    groups = triton.cdiv(rows, 128) if offsets is None else padded_groups(rows, experts)
+    padded = rows if offsets is None else groups * 128
+    codes = torch.empty(width, padded, dtype=torch.float8_e4m3fn, device=x.device)
+    scale = torch.empty(width, groups, dtype=torch.float32, device=x.device)
+    if codes.numel():
+        retile_columns[(groups, triton.cdiv(width, 64))](
+            x, x_scale, source, codes, scale, offsets, rows, width, experts, x.stride(0),
+            *(x_scale.stride() if x_scale is not None else (0, 0)), codes.stride(0), scale.stride(0),
+            max(amax_floor, AMAX_FLOOR), BLOCK=64, BLOCK_E=triton.next_power_of_2(experts + 1),
+            POWER=scale_fmt is not None, SCALED=x_scale is not None, GATHER=source is not None,
+            GROUPED=offsets is not None, num_warps=4,
+        )  # fmt: skip
+    return codes, scale
+
+
+def swiglu_backward(gate_up, scale, grad, weights):
+    """See ``deepseek_v3.kernels.swiglu_backward``."""
+    rows, width = grad.shape
+    grad_gate_up = torch.empty(rows, 2 * width, dtype=grad.dtype, device=grad.device)
+    out = torch.empty_like(grad)
+    share = torch.empty(rows, dtype=torch.float32, device=grad.device)
+    if out.numel():
+        block = 8
+        swiglu_gradient[(triton.cdiv(rows, block),)](
+            gate_up, scale, grad, weights, grad_gate_up, out, share, rows, width, gate_up.stride(0),
+            *(scale.stride() if scale is not None else (0, 0)), grad.stride(0),
+            BLOCK=block, SCALED=scale is not None, WEIGHTED=weights is not None, num_warps=4,
+        )  # fmt: skip
+    return grad_gate_up, out, share

@@ -1,0 +1,154 @@
+"""Linear layers and the SwiGLU MLP with all three products in FP8 (DeepSeek-V3 report, section 3.3.1).
+
+M rows, K input features, N output features, F width of the MLP.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...kernels import fp8_gemm, quantize_activation, quantize_swiglu, retile, swiglu_backward
+from ...modeling_deepseek_v3.layers import DeepseekV3MLP
+from .quantise import gradient_codes, input_codes
+from .state import FP8Module, FP8State, result_dtype
+from .weights import Codes
+
+
+def input_gradient(grad: torch.Tensor, weight: Codes, state: FP8State) -> torch.Tensor:
+    """Dgrad: [M, N] to [M, K], of the gradient's dtype."""
+    assert weight.codes_t is not None and weight.scale_t is not None
+    codes = gradient_codes(grad, state.recipe.scale_fmt, state.statistics)
+    return fp8_gemm(*codes, weight.codes_t, weight.scale_t, out_dtype=grad.dtype)
+
+
+def weight_gradient(
+    grad: torch.Tensor, x: tuple[torch.Tensor, torch.Tensor | None], state: FP8State, dtype: torch.dtype
+) -> torch.Tensor:
+    """Wgrad: gradient [M, N] and input [M, K], as codes or values, both in 128 x 1 tiles along the rows: [N, K]."""
+    fmt = state.recipe.scale_fmt
+    return fp8_gemm(*retile(grad, scale_fmt=fmt), *retile(*x, scale_fmt=fmt), out_dtype=dtype)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        codes: torch.Tensor,
+        scale: torch.Tensor,
+        module: "FP8TrainingLinear",
+    ) -> torch.Tensor:
+        ctx.kept = module.fp8.weight(weight, transposed=ctx.needs_input_grad[0])
+        ctx.state, ctx.dtype, ctx.weight = module.fp8, x.dtype, weight
+        if ctx.needs_input_grad[1]:
+            ctx.save_for_backward(codes, scale)
+        out = fp8_gemm(codes, scale, ctx.kept.codes, ctx.kept.scale, out_dtype=result_dtype(x))
+        return out.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        rows = grad.reshape(-1, grad.shape[-1])
+        dx = dw = None
+        if ctx.needs_input_grad[0]:
+            dx = input_gradient(rows, ctx.kept, ctx.state).view(*grad.shape[:-1], -1).to(ctx.dtype)
+        if ctx.needs_input_grad[1]:
+            dtype = ctx.state.recipe.gradient_dtype(ctx.weight)
+            dw = weight_gradient(rows, ctx.saved_tensors, ctx.state, dtype).to(ctx.weight.dtype)
+        return dx, dw, None, None, None
+
+
+class FP8TrainingLinear(FP8Module, nn.Linear):
+    """A linear layer whose three products run in FP8 in `train()`; in `eval()` the `nn.Linear` that it was."""
+
+    # Read by the model: the absorbed form of attention may use the weight as it is.
+    lends_weight = True
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[.., K] to [.., N], of the dtype that `nn.Linear` would give."""
+        if not self.in_fp8(x):
+            return super().forward(x)
+        codes = input_codes(x, self.fp8.recipe.scale_fmt, self.fp8.statistics)
+        out = _Linear.apply(x, self.weight, *codes, self)
+        return out if self.bias is None else out + self.bias.to(out.dtype)
+
+
+def kept_swiglu_inputs(gate_up: torch.Tensor, state: FP8State) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What the backward keeps of gate and up [M, 2F], by the recipe."""
+    if state.recipe.swiglu_inputs == "input_dtype":
+        return gate_up, None
+    return quantize_activation(gate_up, scale_fmt=state.recipe.scale_fmt)
+
+
+def swiglu_codes(gate_up: torch.Tensor, state: FP8State) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes of silu(gate) * up [M, F] from gate and up side by side [M, 2F]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    codes, scale = quantize_swiglu(gate, up, scale_fmt=state.recipe.scale_fmt)
+    if state.statistics.active:
+        state.statistics.count("activation", nn.functional.silu(gate) * up, codes)
+    return codes, scale
+
+
+class _MLP(torch.autograd.Function):
+    """down(silu(gate x) * up x) with one product for gate and up; keeps codes of x and of gate and up alone."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        gate: torch.Tensor,
+        up: torch.Tensor,
+        down: torch.Tensor,
+        codes: torch.Tensor,
+        scale: torch.Tensor,
+        module: "FP8TrainingMLP",
+    ) -> torch.Tensor:
+        state, dtype = module.fp8, result_dtype(x)
+        wanted = any(ctx.needs_input_grad[:4])
+        first = state.weight(gate, up, transposed=ctx.needs_input_grad[0])
+        second = state.weight(down, transposed=wanted)
+        gate_up = fp8_gemm(codes, scale, first.codes, first.scale, out_dtype=dtype)  # [M, 2F]
+        out = fp8_gemm(*swiglu_codes(gate_up, state), second.codes, second.scale, out_dtype=dtype)
+        ctx.state, ctx.first, ctx.second, ctx.weights, ctx.dtype = state, first, second, (gate, up, down), x.dtype
+        if wanted:
+            ctx.save_for_backward(codes, scale, *kept_swiglu_inputs(gate_up, state))
+        return out.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        codes, scale, gate_up, gate_up_scale = ctx.saved_tensors
+        state, (gate, _, down), needs = ctx.state, ctx.weights, ctx.needs_input_grad
+        rows = grad.reshape(-1, grad.shape[-1])
+        inner = input_gradient(rows, ctx.second, state)
+        grad_gate_up, product, _ = swiglu_backward(gate_up, gate_up_scale, inner)
+        result: list[Any] = [None] * 7
+        if needs[3]:
+            dtype = state.recipe.gradient_dtype(down)
+            result[3] = weight_gradient(rows, (product, None), state, dtype).to(down.dtype)
+        if needs[0]:
+            result[0] = input_gradient(grad_gate_up, ctx.first, state).view(*grad.shape[:-1], -1).to(ctx.dtype)
+        if needs[1] or needs[2]:
+            both = weight_gradient(grad_gate_up, (codes, scale), state, state.recipe.gradient_dtype(gate))
+            halves = both.to(gate.dtype).chunk(2)
+            result[1:3] = [half if needed else None for half, needed in zip(halves, needs[1:3], strict=True)]
+        return tuple(result)
+
+
+class FP8TrainingMLP(FP8Module, DeepseekV3MLP):
+    """The SwiGLU MLP as one node; where something wraps one of its linears, layer by layer."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[.., D] to [.., D]."""
+        parts = (self.gate_proj, self.up_proj, self.down_proj)
+        plain = all(type(part) is FP8TrainingLinear and not _hooked(part) for part in parts)
+        if not plain or not self.in_fp8(hidden_states):
+            return super().forward(hidden_states)
+        codes = input_codes(hidden_states, self.fp8.recipe.scale_fmt, self.fp8.statistics)
+        return _MLP.apply(hidden_states, *(part.weight for part in parts), *codes, self)
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Whether calling the module does more than its forward."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or hasattr(module, "_hf_hook") or hasattr(module, "parametrizations")

@@ -1,0 +1,107 @@
+"""Re-tiling of kept codes and SwiGLU's backward, against formulas written here in float64."""
+
+import pytest
+import torch
+
+from deepseek_v3.kernels import quantize_activation, retile, sort_pairs, swiglu_backward
+
+
+def tiles_of_rows(values, scale_fmt):
+    """[P, D] to codes and scales [D, .] of 128 x 1 tiles, element by element as the report says."""
+    values = torch.nn.functional.pad(values.double(), (0, 0, 0, -len(values) % 128)).t().unflatten(1, (-1, 128))
+    scale = (values.abs().amax(-1).float() / 448).clamp(min=2.0**-126)
+    if scale_fmt:
+        scale = 2.0 ** torch.ceil(torch.log2(scale.double())).float()
+    codes = (values.float() / scale[..., None]).to(torch.float8_e4m3fn)
+    return codes.flatten(1), scale
+
+
+def kept(target, rows, width, scale_fmt=None):
+    x = torch.randn(rows, width, device=target.device).to(target.dtype)
+    x[:, 3] *= 200
+    codes, scale = quantize_activation(x, scale_fmt=scale_fmt, backend=target.backend)
+    wide = codes.float() * scale.repeat_interleave(128, 1)[:, :width]
+    return x, codes, scale, wide
+
+
+# Whole tiles; a short last tile; fewer rows than a tile and columns that no piece divides.
+@pytest.mark.parametrize("shape", [(256, 128), (200, 256), (33, 72)])
+@pytest.mark.parametrize("scale_fmt", [None, "ue8m0"])
+def test_kept_codes_are_retiled_along_the_rows(target, shape, scale_fmt):
+    _, codes, scale, wide = kept(target, *shape, scale_fmt)
+    expected, expected_scale = tiles_of_rows(wide.cpu(), scale_fmt)
+    out, out_scale = retile(codes, scale, scale_fmt=scale_fmt, backend=target.backend)
+    assert torch.equal(out_scale.cpu(), expected_scale)
+    assert torch.equal(out.cpu().float(), expected.float()[:, : shape[0]])
+
+
+# Some experts have no rows, one has more than a tile; the last pairs belong to nobody.
+@pytest.mark.parametrize("scaled", [True, False])
+def test_rows_are_gathered_and_each_experts_rows_start_a_tile(target, scaled):
+    x, codes, scale, wide = kept(target, 90, 128)
+    index = torch.randint(0, 6, (90, 3), device=target.device)
+    index[index == 2] = 1
+    order, _, offsets = sort_pairs(index, 5, backend=target.backend)
+    rows = order // 3
+    given = (codes, scale) if scaled else (x, None)
+    out, out_scale = retile(*given, rows=rows, offsets=offsets, backend=target.backend)
+    values = (wide if scaled else x.float())[rows.long()].cpu()
+    group = 0
+    for start, stop in zip(offsets.tolist(), offsets.tolist()[1:], strict=False):
+        expected, expected_scale = tiles_of_rows(values[start:stop], None)
+        count = expected_scale.shape[1]
+        assert torch.equal(out_scale[:, group : group + count].cpu(), expected_scale)
+        assert torch.equal(out[:, group * 128 : (group + count) * 128].cpu().float(), expected.float())
+        group += count
+    assert not out[:, group * 128 :].float().any()
+
+
+# One row, rows that no block divides, several pieces of columns.
+@pytest.mark.parametrize("shape", [(1, 128), (37, 128), (20, 384)])
+@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize("weighted", [True, False])
+def test_swiglu_backward_is_the_derivative(target, shape, scaled, weighted):
+    rows, width = shape
+    x, codes, scale, wide = kept(target, rows, 2 * width)
+    x[:, 3] /= 200
+    gate_up = (wide if scaled else x).cpu().double().requires_grad_()
+    grad = torch.randn(rows, width, device=target.device).to(target.dtype)
+    weights = torch.rand(rows, device=target.device) if weighted else None
+    w = weights.cpu().double().requires_grad_() if weighted else torch.ones(rows, dtype=torch.double).requires_grad_()
+    gate, up = gate_up.chunk(2, dim=-1)
+    product = gate * torch.sigmoid(gate) * up * w[:, None]
+    expected, share = torch.autograd.grad((product * grad.cpu().double()).sum(), (gate_up, w))
+    given = (codes, scale) if scaled else (x, None)
+    results = swiglu_backward(*given, grad, weights, backend=target.backend)
+    eps = torch.finfo(target.dtype).eps
+    for got, want in zip(results, (expected, product.detach(), share), strict=True):
+        bound = (eps if got.dtype == target.dtype else 1e-5) * want.abs() + 1e-5 * want.abs().max()
+        assert (got.cpu().double() - want).abs().le(bound + 1e-6).all()
+
+
+def test_rows_of_nobody_do_not_spread(target):
+    """Rows behind the last expert hold whatever was in memory."""
+    x, _, _, _ = kept(target, 40, 128)
+    index = torch.arange(40, device=target.device)[:, None] % 3
+    order, _, offsets = sort_pairs(index, 2, backend=target.backend)
+    x[order[offsets[-1].item() :].long()] = float("nan")
+    codes, scale = retile(x, rows=order, offsets=offsets, backend=target.backend)
+    assert scale.isfinite().all() and codes.float().isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: retile(torch.ones(2, 3, 4)), "x must be"),
+        (lambda: retile(torch.ones(4, 128), torch.ones(4, 1)), "x must be"),
+        (lambda: retile(torch.ones(4, 128).to(torch.float8_e4m3fn), torch.ones(4, 2)), "does not fit codes"),
+        (lambda: retile(torch.ones(4, 128), rows=torch.arange(4)), "rows must be"),
+        (lambda: retile(torch.ones(4, 128), scale_fmt="e5"), "scale_fmt"),
+        (lambda: swiglu_backward(torch.ones(4, 100), None, torch.ones(4, 60)), "twice as wide"),
+        (lambda: swiglu_backward(torch.ones(4, 128), torch.ones(4, 1), torch.ones(4, 64)), "need a scale"),
+        (lambda: swiglu_backward(torch.ones(4, 128), None, torch.ones(4, 64), torch.ones(3)), "weights"),
+    ],
+)
+def test_what_does_not_fit_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
