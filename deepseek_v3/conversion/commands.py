@@ -101,6 +101,7 @@ def _add_verify(subparsers: Any) -> None:
     parser.add_argument("a", metavar="A", help="a checkpoint folder")
     parser.add_argument("b", metavar="B", help="another")
     parser.add_argument("--exact", action="store_true", help="FP8's rounding counts as a difference, too")
+    parser.add_argument("--checksums", action="store_true", help="list every tensor: outcome, checksums of its values")
     parser.add_argument("--without-mtp", action="store_true", help="leave the MTP layers out")
     parser.add_argument(
         "--workers", type=_count, metavar="N", help="worker processes (default: one a core, at most 8)"
@@ -163,7 +164,7 @@ def _convert(args: argparse.Namespace) -> int:
 def _verify(args: argparse.Namespace) -> int:
     from .verification import compare
 
-    result = compare(args.a, args.b, workers=args.workers, without_mtp=args.without_mtp)
+    result = compare(args.a, args.b, workers=args.workers, without_mtp=args.without_mtp, checksums=args.checksums)
     agrees = result.agrees(exact=args.exact)
     if args.json:
         print(json.dumps(result.as_dict()))

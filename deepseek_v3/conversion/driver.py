@@ -117,6 +117,7 @@ def convert(
     source, target = Path(source).resolve(), Path(target)
     options = Options(to, scale_fmt, model_parallel, keep_mtp, shard_bytes, drop_unknown, remote_code)
     _check_options(options)
+    _check_device(device)
     check_apart(source, target)
     checkpoint = open_checkpoint(source, layout)
     reference = None
@@ -152,6 +153,16 @@ def _check_options(options: Options) -> None:
     if options.shard_bytes is not None and (options.shard_bytes < 1 or options.to == "inference"):
         problem = f"a shard size of {options.shard_bytes} bytes does not fit --to {options.to}"
         raise CheckpointError(problem, remedy="give at least 1 byte; the inference layout has one file for each rank")
+
+
+def _check_device(device: str) -> None:
+    if device not in ("cpu", "cuda"):
+        raise CheckpointError(f"there is no device {device!r}", remedy="choose 'cpu' or 'cuda'")
+    if device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise CheckpointError("there is no CUDA device", remedy="leave --device out: the CPU gives the same files")
 
 
 def companion_files(folder: Path) -> list[Path]:

@@ -28,7 +28,7 @@ from .steps import Entry, shard_file
 from .writer import atomic_file, write_all, write_json
 
 _DTYPES = {"fp8": "F8_E4M3", "scale": "F32", "bf16": "BF16", "f32": "F32"}
-_COPIED = {"embed_tokens": "model.embed_tokens.weight", "shared_head.head": "lm_head.weight"}
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _MTP_COPY = re.compile(r"model\.layers\.\d+\.(embed_tokens|shared_head\.head)\.weight")
 _EXTRAS = re.compile(r"model\.layers\.\d+\.(embed_tokens|enorm|hnorm|eh_proj|shared_head)\.")
 _BAND_ELEMENTS = 1 << 20
@@ -82,7 +82,8 @@ def write_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     groups = _cut(specs, shards)
     weight_map: dict[str, str] = {}
-    numbers = _Numbers(seed, scale_fmt)
+    tied = not any(spec.name == _HEAD for spec in specs)
+    numbers = _Numbers(seed, scale_fmt, head=_EMBEDDING if tied else _HEAD)
     for number, group in enumerate(groups, 1):
         name = shard_file(number, len(groups))
         _write_file(folder / name, group, numbers, sparse)
@@ -147,8 +148,9 @@ def _cut(specs: list[TensorSpec], shards: int | None) -> list[list[TensorSpec]]:
 class _Numbers:
     """The random contents of tensors; a matrix's scales are kept until their own turn comes."""
 
-    def __init__(self, seed: int, scale_fmt: str | None) -> None:
+    def __init__(self, seed: int, scale_fmt: str | None, head: str) -> None:
         self.seed, self.scale_fmt = seed, scale_fmt
+        self.copied = {"embed_tokens": _EMBEDDING, "shared_head.head": head}
         self._scales: dict[str, Any] = {}
 
     def bands(self, spec: TensorSpec) -> Iterator[Any]:
@@ -161,7 +163,7 @@ class _Numbers:
             yield self._scales.pop(spec.name)
             return
         # An MTP module's embedding and head are the main model's, stored again.
-        name = _MTP_COPY.sub(lambda match: _COPIED[match[1]], spec.name)
+        name = _MTP_COPY.sub(lambda match: self.copied[match[1]], spec.name)
         digest = hashlib.sha256(f"{self.seed} {name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
         if len(spec.shape) == 1:

@@ -19,12 +19,16 @@ from .errors import CheckpointError
 from .header import ITEM_BYTES, TensorInfo
 from .layouts import DTYPES, SCALE_SUFFIX, config_view, mtp_layers, official_views, part_of
 from .reader import CONFIG_NAME, Checkpoint, open_checkpoint
+from .report import aligned
 from .views import View
 
 Stored = Mapping[str, TensorInfo] | Mapping[str, View]
 
 _CONTEXT = 4096
 _SHOWN = 20
+# Bytes a number of bitsandbytes' NF4 with double quantisation: four bits, a byte for each 64 of them, a float32 for
+# each 256 of those bytes.
+_NF4 = 1 / 2 + 1 / 64 + 4 / (64 * 256)
 
 
 @dataclass
@@ -42,8 +46,9 @@ class Inspection:
         mtp_announced, mtp_found: MTP modules that config.json announces (None without one) and that are in the files.
         missing, unexpected, misshapen: official names; misshapen ones (or of a wrong dtype) with what is wrong.
         contradiction: what config.json says that the tensors do not, if anything.
-        needs: precision in memory -> bytes: "weights", "host_to_load" (weights and two shards), "cache" (latent
-            cache of 4,096 tokens). Empty without a config.json.
+        needs: precision in memory ("fp8" where it is stored, "bf16", "float32", "nf4") -> bytes: "weights",
+            "host_to_load" (RAM to load into RAM: weights and two shards), "host_for_gpu" (RAM to load into VRAM:
+            two shards), "cache" (latent cache of 4,096 tokens). Empty without a config.json.
     """
 
     folder: str
@@ -85,17 +90,18 @@ class Inspection:
             f"MTP          {self.mtp_found} modules{announced}",
             "",
         ]
-        lines += _aligned(
+        lines += aligned(
             [("dtype", "tensors", "bytes")] + [(k, v["tensors"], v["bytes"]) for k, v in self.dtypes.items()]
         )
         parameters = [
             (part, v["found"], "?" if v["expected"] is None else v["expected"]) for part, v in self.parameters.items()
         ]
-        lines += ["", *_aligned([("parameters", "found", "expected"), *parameters])]
+        lines += ["", *aligned([("parameters", "found", "expected"), *parameters])]
         if self.needs:
-            rows = [(k, _gb(v["weights"]), _gb(v["host_to_load"]), _gb(v["cache"])) for k, v in self.needs.items()]
-            title = ("to load as", "weights (RAM or VRAM)", "RAM while loading", f"cache of {_CONTEXT} tokens")
-            lines += ["", *_aligned([title, *rows])]
+            wanted = ("weights", "host_to_load", "host_for_gpu", "cache")
+            rows = [(label, *(_gb(need[key]) for key in wanted)) for label, need in self.needs.items()]
+            title = ("to load as", "RAM or VRAM", "peak RAM on CPU", "peak RAM for GPU", f"{_CONTEXT} tokens' cache")
+            lines += ["", *aligned([title, *rows])]
         lines += ["", *self._verdict()]
         return "\n".join(lines)
 
@@ -112,12 +118,6 @@ class Inspection:
 
 def _gb(nbytes: int) -> str:
     return f"{nbytes / 1e9:,.2f} GB"
-
-
-def _aligned(rows: list[tuple[Any, ...]]) -> list[str]:
-    texts = [[f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row] for row in rows]
-    widths = [max(len(row[i]) for row in texts) for i in range(len(texts[0]))]
-    return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in texts]
 
 
 def inspect(folder: str | Path) -> Inspection:
@@ -219,16 +219,25 @@ def _count(result: Inspection, stored: Stored, view: Any, bill: Account | None) 
     result.parameters["total"] = {"found": totals[0], "expected": totals[1]}
 
 
-def _estimate(result: Inspection, checkpoint: Checkpoint, view: Any, bill: Account, numbers: dict[str, int]) -> None:
+def _estimate(
+    result: Inspection, checkpoint: Checkpoint, view: Any, bill: Account, numbers: Mapping[str, int]
+) -> None:
     """Memory for the model itself; MTP's second copies of embedding and head are shared once loaded."""
     shard = max(header.file_bytes for header in checkpoint.files.values())
     copies = 2 * view.num_nextn_predict_layers * view.vocab_size * view.hidden_size
     parameters = bill.checkpoint_parameters - copies
+    if result.precision != "fp8":
+        specs = official_tensors(view, quantized=True)
+        matrices = sum(prod(shape) for _, shape, kind in specs if kind == "fp8")
+    else:
+        matrices = numbers["fp8"]
     # The router's bias stays float32 whatever the rest is loaded as.
-    weights = {"bf16": 2 * parameters + 2 * numbers.get("f32", 0), "float32": 4 * parameters}
+    bf16 = 2 * parameters + 2 * numbers["f32"]
+    weights = {"bf16": bf16, "float32": 4 * parameters, "nf4": bf16 - 2 * matrices + round(_NF4 * matrices)}
     if result.precision == "fp8":
         stored = sum(BYTES[kind] * count for kind, count in numbers.items())
         weights = {"fp8": stored - 2 * copies, **weights}
     for label, nbytes in weights.items():
         cache = _CONTEXT * bill.cache_bytes_per_token("float32" if label == "float32" else "bfloat16")
-        result.needs[label] = {"weights": nbytes, "host_to_load": nbytes + 2 * shard, "cache": cache}
+        loading = {"host_to_load": nbytes + 2 * shard, "host_for_gpu": 2 * shard}
+        result.needs[label] = {"weights": nbytes, **loading, "cache": cache}

@@ -5,6 +5,7 @@ fused or its sharded form. FP8 values are compared after dequantisation. What di
 can round: half a step of 2**-3 of the value, or of 2**-9 scales near zero, and BF16's own rounding.
 """
 
+import hashlib
 from dataclasses import asdict, dataclass, field
 from math import inf
 from pathlib import Path
@@ -17,6 +18,7 @@ from .execution import default_workers, run_all, stopped
 from .header import ITEM_BYTES
 from .layouts import SCALE_SUFFIX, config_view, mtp_layers, official_views, part_of
 from .reader import CONFIG_NAME, Checkpoint, open_checkpoint
+from .report import aligned
 from .views import Source, View
 
 _BATCH_BYTES = 1 << 28
@@ -35,10 +37,17 @@ class Side(NamedTuple):
 
 
 class Result(NamedTuple):
-    """Outcome for one tensor: "identical", "rounded" or "different", and the largest absolute difference."""
+    """Outcome for one tensor.
+
+    Attributes:
+        status: "identical", "rounded" or "different".
+        error: largest absolute difference.
+        checksums: of both sides' values, where asked for: equal for one value in whatever layout or precision.
+    """
 
     status: str
     error: float
+    checksums: tuple[str, str] | None = None
 
 
 @dataclass
@@ -49,11 +58,13 @@ class Comparison:
         parts: part of the model -> counts of "identical", "rounded", "different", and the largest "error".
         problems: tensor -> what is wrong with it: missing, extra, misshapen, different.
         rounded: tensors that differ by what FP8 rounds and no more, with their largest absolute difference.
+        tensors: with `checksums`, every tensor that both have -> its outcome.
     """
 
     parts: dict[str, dict[str, float]] = field(default_factory=dict)
     problems: dict[str, str] = field(default_factory=dict)
     rounded: dict[str, float] = field(default_factory=dict)
+    tensors: dict[str, Result] = field(default_factory=dict)
 
     def agrees(self, *, exact: bool = False) -> bool:
         """Whether the two hold the same model, up to FP8's rounding or, with `exact`, to the last bit."""
@@ -62,7 +73,8 @@ class Comparison:
     def as_dict(self) -> dict[str, Any]:
         """The outcome for JSON."""
         found = asdict(self)
-        for counts in found["parts"].values():
+        found["tensors"] = {name: result._asdict() for name, result in self.tensors.items()}
+        for counts in (*found["parts"].values(), *found["tensors"].values()):
             # JSON has no infinity.
             counts["error"] = counts["error"] if np.isfinite(counts["error"]) else None
         return {"agrees": self.agrees(), "exact": self.agrees(exact=True), **found}
@@ -73,8 +85,12 @@ class Comparison:
         for part, counts in sorted(self.parts.items()):
             kinds = [int(counts[key]) for key in ("identical", "rounded", "different")]
             rows.append((part, str(sum(kinds)), *(str(count) for count in kinds), f"{counts['error']:.3g}"))
-        widths = [max(len(row[i]) for row in rows) for i in range(6)]
-        lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
+        lines = []
+        if self.tensors:
+            titles = ("tensor", "status", "max |a - b|", "checksum of A", "checksum of B")
+            results = [(n, r.status, f"{r.error:.3g}", *(r.checksums or ())) for n, r in sorted(self.tensors.items())]
+            lines = [*aligned([titles, *results]), ""]
+        lines += aligned(rows)
         lines += [f"{what}: {name}" for name, what in list(self.problems.items())[:20]]
         if len(self.problems) > 20:
             lines.append(f"... and {len(self.problems) - 20} more")
@@ -87,6 +103,7 @@ def compare(
     *,
     workers: int | None = None,
     without_mtp: bool = False,
+    checksums: bool = False,
     config: dict[str, Any] | None = None,
 ) -> Comparison:
     """Compare two checkpoints: names, shapes, dtypes and every value.
@@ -95,6 +112,7 @@ def compare(
         a, b: folders of any layout.
         workers: processes, None for one a core, 0 for this process.
         without_mtp: leave the MTP layers out, as DeepSeek's inference layout does.
+        checksums: also give each tensor's outcome, and checksums of its values on both sides.
         config: used for rank files without a config.json of their own.
 
     Raises:
@@ -116,11 +134,13 @@ def compare(
         elif one and two:
             pairs.append((name, one, two))
     batches = _batches(pairs)
-    calls = [([(one, two) for _, one, two in batch],) for batch in batches]
+    calls = [([(one, two) for _, one, two in batch], checksums) for batch in batches]
     workers = default_workers() if workers is None else workers
     for index, outcome in run_all(_compare_batch, calls, workers=workers, needs_codec=True):
         for (name, _, _), one_result in zip(batches[index], outcome, strict=True):
             _record(result, name, part_of(name, first_mtp), one_result)
+            if checksums:
+                result.tensors[name] = one_result
     return result
 
 
@@ -195,14 +215,35 @@ def _record(result: Comparison, name: str, part: str, outcome: Result) -> None:
         result.rounded[name] = outcome.error
 
 
-def _compare_batch(pairs: list[tuple[Side, Side]]) -> list[Result]:
+def _compare_batch(pairs: list[tuple[Side, Side]], checksums: bool) -> list[Result]:
     results = []
     with Source() as source:
         for one, two in pairs:
             if stopped():
                 break
-            results.append(_compare_tensor(one, two, source))
+            result = _compare_tensor(one, two, source)
+            if checksums:
+                result = result._replace(checksums=(_checksum(one, source), _checksum(two, source)))
+            results.append(result)
     return results
+
+
+def _step(view: View) -> int:
+    """Rows of a band of whole blocks."""
+    return max(1, _BAND_ELEMENTS // max(1, view.columns * _BLOCK)) * _BLOCK
+
+
+def _checksum(side: Side, source: Source) -> str:
+    """Of the values as float32, FP8 after dequantisation to BF16; other dtypes' of the stored bytes."""
+    digest = hashlib.blake2b(digest_size=8)
+    table, step = None if side.scale is None else _table(side.scale, source), _step(side.view)
+    for begin in range(0, side.view.rows, step):
+        end = min(begin + step, side.view.rows)
+        raw = source.rows(side.view, begin, end)
+        if side.view.dtype in _COMPARABLE:
+            raw = _values(raw, side.view.dtype, None if table is None else table[begin // _BLOCK : -(-end // _BLOCK)])
+        digest.update(np.ascontiguousarray(raw).data)
+    return digest.hexdigest()
 
 
 def _compare_tensor(one: Side, two: Side, source: Source) -> Result:
@@ -210,7 +251,7 @@ def _compare_tensor(one: Side, two: Side, source: Source) -> Result:
     same_kind = one.view.dtype == two.view.dtype
     same_scale = tables[0] is None or tables[1] is None or np.array_equal(tables[0], tables[1])
     worst, excess = 0.0, False
-    step = max(1, _BAND_ELEMENTS // max(1, one.view.columns * _BLOCK)) * _BLOCK
+    step = _step(one.view)
     for begin in range(0, one.view.rows, step):
         end = min(begin + step, one.view.rows)
         raw = [source.rows(side.view, begin, end) for side in (one, two)]

@@ -310,6 +310,7 @@ def test_cuts_between_blocks_are_refused(made, tmp_path):
         {"to": "inference", "shard_bytes": 5},
         {"to": "bf16", "shard_bytes": 0},
         {"to": "bf16", "like": "fp8"},
+        {"to": "bf16", "device": "tpu"},
     ],
 )
 def test_options_that_do_not_fit(made, tmp_path, options):
@@ -317,6 +318,13 @@ def test_options_that_do_not_fit(made, tmp_path, options):
         options = {**options, "like": made / "fp8"}
     with pytest.raises(CheckpointError):
         convert(made / "fp8", tmp_path / "out", workers=0, **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_gpu_that_is_not_there(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(CheckpointError, match="there is no CUDA device; leave --device out"):
+        convert(made / "fp8", tmp_path / "out", "bf16", device="cuda", workers=0)
     assert not (tmp_path / "out").exists()
 
 

@@ -78,6 +78,15 @@ def test_weights_and_scales_lie_apart_and_mtp_extras_come_last(made):
             assert set(shard.keys()) == {name for name in where if where[name] == file}
 
 
+@pytest.mark.parametrize("quantized", [True, False])
+def test_where_the_head_is_the_embedding_so_is_its_copy(quantized, tmp_path):
+    write_checkpoint({**CONFIG, "tie_word_embeddings": True}, tmp_path / "x", quantized=quantized)
+    tensors = read_all(tmp_path / "x")
+    assert "lm_head.weight" not in tensors and inspect(tmp_path / "x").sound
+    for name in ("embed_tokens", "shared_head.head"):
+        assert torch.equal(tensors[f"model.layers.2.{name}.weight"], tensors["model.embed_tokens.weight"])
+
+
 def test_mtp_modules_hold_the_main_embedding_and_head_again(made):
     tensors = read_all(made / "bf16")
     assert torch.equal(tensors["model.layers.2.embed_tokens.weight"], tensors["model.embed_tokens.weight"])

@@ -1,5 +1,6 @@
 """Comparing checkpoints, and looking at them: what is found, what is missed by no one."""
 
+import hashlib
 import json
 
 import pytest
@@ -83,6 +84,28 @@ def test_a_single_changed_bit_shows(made, copy, name, other):
     against_codes = other == "inference" and name != "model.norm.weight"
     assert list(result.rounded if against_codes else result.problems) == [name]
     assert result.agrees() == against_codes
+
+
+def test_checksums_are_of_the_values_whatever_their_form(made, copy, capsys):
+    plain = {name: tensor.float() for name, tensor in read_all(made / "bf16").items()}
+    expected = {n: hashlib.blake2b(t.numpy().tobytes(), digest_size=8).hexdigest() for n, t in plain.items()}
+    for other in ("fp8", "fused", "inference", "bf16"):
+        result = compare(made / "bf16", made / other, workers=0, checksums=True)
+        assert {name: outcome.checksums for name, outcome in result.tensors.items()} == {
+            name: (digest, digest) for name, digest in expected.items()
+        }
+    folder = copy("fp8")
+    change(folder, f"{DENSE}_scale_inv", lambda s: s * 2)
+    assert command("verify", made / "bf16", folder, "--checksums", "--workers", 0) == 1
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    rows = {line[0]: line[1:] for line in lines if line and line[0] in expected}
+    assert rows.keys() == expected.keys()
+    assert {name for name, row in rows.items() if row[2] != row[3]} == {DENSE}
+    assert rows[DENSE][0] == "different" and float(rows[DENSE][1]) > 0 and rows[DENSE][2] == expected[DENSE]
+    assert all(row == ["identical", "0", expected[n], expected[n]] for n, row in rows.items() if n != DENSE)
+    assert command("verify", made / "bf16", folder, "--checksums", "--json", "--workers", 0) == 1
+    found = json.loads(capsys.readouterr().out)["tensors"]
+    assert found[DENSE]["status"] == "different" and found[DENSE]["checksums"] == rows[DENSE][2:]
 
 
 def test_nan_differs_from_everything(made, copy):
@@ -205,7 +228,26 @@ def test_inspection_of_each_layout(made, name, layout, precision):
     if precision == "fp8":
         fp8 = sum(t.numel() * t.element_size() for t in read_all(made / "fp8").values())
         assert found.needs["fp8"]["weights"] == fp8 - 2 * copies
-    assert "sound" in found.text() and layout in found.text()
+    matrices = sum(t.numel() for t in read_all(made / "fp8").values() if t.dtype == torch.float8_e4m3fn)
+    rest = found.needs["bf16"]["weights"] - 2 * matrices
+    assert found.needs["nf4"]["weights"] == pytest.approx(rest + matrices * (0.5 + 1 / 64 + 1 / 4096), abs=1)
+    shards = 2 * max(path.stat().st_size for path in (made / name).glob("*.safetensors"))
+    for need in found.needs.values():
+        assert need["host_to_load"] == need["weights"] + shards and need["host_for_gpu"] == shards
+        assert need["cache"] > 0
+    assert "sound" in found.text() and layout in found.text() and "nf4" in found.text()
+
+
+def test_the_estimate_of_nf4_is_what_bitsandbytes_needs(made):
+    from bitsandbytes.functional import quantize_4bit
+
+    codes, state = quantize_4bit(torch.randn(1024, 2048), quant_type="nf4", compress_statistics=True)
+    nbytes = sum(t.numel() * t.element_size() for t in (codes, state.absmax, state.state2.absmax))
+    small, large = (inspect(made / name).needs for name in ("fp8", "bf16"))
+    assert small["nf4"] == {**large["nf4"], **{k: small["nf4"][k] for k in ("host_to_load", "host_for_gpu")}}
+    matrices = sum(t.numel() for t in read_all(made / "fp8").values() if t.dtype == torch.float8_e4m3fn)
+    saved = small["bf16"]["weights"] - small["nf4"]["weights"]
+    assert saved == pytest.approx(matrices * (2 - nbytes / 1024 / 2048), rel=1e-6)
 
 
 def test_inspection_finds_what_is_wrong(made, copy, capsys):
