@@ -1,6 +1,6 @@
 """A slice of DeepSeek-V3 at true dimensions on a GPU (1 dense and 2 MoE layers and the head, BF16): one decode step
-and a prefill, this package against transformers' own class, same weights, taking turns, both launched kernel by kernel;
-and our step as `generate` runs it, replayed from a CUDA graph.
+and a prefill, this package against transformers' own class, same weights, taking turns, both launched kernel by
+kernel; and our step as `generate` runs it, replayed from a CUDA graph.
 """
 
 import sys

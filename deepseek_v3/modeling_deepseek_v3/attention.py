@@ -184,7 +184,9 @@ def _softmax(scores: torch.Tensor, mask: torch.Tensor | None, dtype: torch.dtype
 
 def is_bare(norm: nn.Module) -> bool:
     """Whether a norm may be read as a weight: nothing wraps it, and its weight is on its device."""
-    return isinstance(norm, DeepseekV3RMSNorm) and not hasattr(norm, "_hf_hook") and not hasattr(norm, "parametrizations")
+    return (
+        isinstance(norm, DeepseekV3RMSNorm) and not hasattr(norm, "_hf_hook") and not hasattr(norm, "parametrizations")
+    )
 
 
 class DeepseekV3Attention(nn.Module):

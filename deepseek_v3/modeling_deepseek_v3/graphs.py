@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ..quantization import FP8Experts, FP8Linear
+from ..quantization.linear import multiplies_fp8
 from .attention import DeepseekV3Attention, Spans, is_bare
 from .cache import Extension, LatentCache, LatentLayer
 from .layers import DeepseekV3RMSNorm
@@ -172,4 +173,6 @@ def _is_capturable(module: nn.Module) -> bool:
         return False
     if not any(True for _ in module.parameters(recurse=False)) or type(module) in _CAPTURABLE:
         return not isinstance(module, DeepseekV3Attention) or is_bare(module.kv_a_layernorm)
-    return isinstance(module, FP8Linear | FP8Experts) and module.compute == "dynamic"
+    # Weight-only products ask the device which experts are hit.
+    device = next(module.parameters()).device
+    return isinstance(module, FP8Linear | FP8Experts) and multiplies_fp8(device, module.compute)

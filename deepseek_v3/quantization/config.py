@@ -14,7 +14,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..configuration.configuration_deepseek_v3 import FP8_METHOD
 from ..configuration.layout import FP8_BLOCK
 
-COMPUTE = ("weight_only", "dynamic")
+COMPUTE = (None, "weight_only", "dynamic")
 
 
 class FP8Config(QuantizationConfigMixin):
@@ -25,7 +25,8 @@ class FP8Config(QuantizationConfigMixin):
             dtype; None keeps them where the device computes FP8 (compute capability 8.9 or newer).
         compute: how a kept matrix multiplies. "weight_only": the matrix is dequantised for the product, which gives
             what the dequantised model gives; "dynamic": activations are quantised in 1 x 128 tiles and the product
-            runs in FP8, as in training.
+            runs in FP8, as in training and in the published inference code. None takes "dynamic" on a GPU of compute
+            capability 9.0 or newer, "weight_only" elsewhere.
         fmt, activation_scheme, weight_block_size, scale_fmt: as in the file.
         kwargs: other keys of the file, kept as they are.
 
@@ -37,7 +38,7 @@ class FP8Config(QuantizationConfigMixin):
     def __init__(
         self,
         keep: bool | None = None,
-        compute: str = "weight_only",
+        compute: str | None = None,
         *,
         fmt: str = "e4m3",
         activation_scheme: str = "dynamic",

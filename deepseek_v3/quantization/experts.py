@@ -45,7 +45,7 @@ class FP8Experts(CodesModule):
         super().__init__()
         self.num_experts, self.hidden_dim, self.intermediate_dim = experts, hidden, width
         self.act_fn = act_fn
-        self.compute = getattr(config, "compute", "weight_only")
+        self.compute = getattr(config, "compute", None)
         self.scale_fmt = getattr(config, "activation_scale_fmt", None)
         rows, columns = scale_shape(width, hidden)
         shapes = {

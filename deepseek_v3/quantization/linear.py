@@ -17,13 +17,19 @@ from torch import nn
 
 from ..configuration.layout import scale_shape
 from ..kernels import dequantize_weight, fp8_gemm, quantize_activation
+from ..kernels.dispatch import cuda_reason
 from ..kernels.fp8 import OUT_DTYPES
 from .stored import FP8
 
 
-def computes_in_fp8(x: torch.Tensor, compute: str) -> bool:
+def computes_in_fp8(x: torch.Tensor, compute: str | None) -> bool:
     """Whether the product with activations `x` runs in FP8, by `FP8Config.compute`."""
-    return compute == "dynamic" and x.dtype in OUT_DTYPES and x.numel() > 0
+    return x.dtype in OUT_DTYPES and x.numel() > 0 and multiplies_fp8(x.device, compute)
+
+
+def multiplies_fp8(device: torch.device, compute: str | None) -> bool:
+    """Whether products on `device` run in FP8 where the activations' dtype allows it."""
+    return compute == "dynamic" or (compute is None and cuda_reason(device, (9, 0)) is None)
 
 
 class _WeightOnly(torch.autograd.Function):
@@ -118,7 +124,7 @@ class FP8Linear(CodesModule, nn.Linear):
     def __init__(self, in_features: int, out_features: int, bias: bool = False, config: Any = None) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
-        self.compute = getattr(config, "compute", "weight_only")
+        self.compute = getattr(config, "compute", None)
         self.scale_fmt = getattr(config, "activation_scale_fmt", None)
         self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=FP8), requires_grad=False)
         scales = torch.empty(scale_shape(out_features, in_features), dtype=torch.float32)

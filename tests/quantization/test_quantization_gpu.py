@@ -10,6 +10,7 @@ from deepseek_v3 import FP8Config
 from deepseek_v3.configuration import preset
 from deepseek_v3.conversion import write_checkpoint
 from deepseek_v3.quantization import FP8Experts, FP8Linear
+from deepseek_v3.quantization.linear import multiplies_fp8
 
 pytestmark = pytest.mark.gpu
 load = AutoModelForCausalLM.from_pretrained
@@ -45,7 +46,8 @@ def test_every_module_gives_on_the_gpu_what_it_gives_on_the_cpu(rows, folder):
 
 
 def test_fp8_is_kept_by_default_generates_and_is_saved_bit_for_bit(folder, caplog, tmp_path):
-    kept = load(folder, device_map="cuda")
+    kept = load(folder, device_map="cuda", dtype=torch.bfloat16)
+    assert multiplies_fp8(kept.device, kept.model.layers[0].self_attn.o_proj.compute)
     assert "the device computes FP8" in logged(caplog)
     assert isinstance(kept.model.layers[0].self_attn.o_proj, FP8Linear)
     plain = load(folder, device_map="cuda", quantization_config=FP8Config(keep=False))
@@ -56,7 +58,8 @@ def test_fp8_is_kept_by_default_generates_and_is_saved_bit_for_bit(folder, caplo
     assert cosine(ours.logits, expected.logits) > 0.9
     assert cosine(ours.mtp_logits[0], expected.mtp_logits[0]) > 0.9
     settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 2}
-    assert kept.generate(tokens, **settings).shape == (2, 44)
+    replayed = kept.generate(tokens, **settings)
+    assert torch.equal(replayed, kept.generate(tokens, disable_compile=True, **settings))
     assert kept.generate(tokens, use_mtp=True, num_assistant_tokens=1, **settings).shape == (2, 44)
     kept.save_pretrained(tmp_path)
     saved, source = stored(tmp_path), stored(folder)
