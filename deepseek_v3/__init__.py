@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     )
     from .quantization import FP8Config
     from .registration import register, unregister
-    from .training import RouterBalanceCallback
+    from .training import FP8Recipe, RouterBalanceCallback, disable_fp8_training, enable_fp8_training
 
 __version__ = "0.1.0"
 
@@ -34,9 +34,12 @@ _HOMES = {
     "DeepseekV3Model": "modeling_deepseek_v3",
     "DeepseekV3PreTrainedModel": "modeling_deepseek_v3",
     "FP8Config": "quantization",
+    "FP8Recipe": "training",
     "KimiK2Config": "configuration",
     "LatentCache": "modeling_deepseek_v3",
     "RouterBalanceCallback": "training",
+    "disable_fp8_training": "training",
+    "enable_fp8_training": "training",
     "register": "registration",
     "unregister": "registration",
 }
@@ -49,9 +52,12 @@ __all__ = [
     "DeepseekV3Model",
     "DeepseekV3PreTrainedModel",
     "FP8Config",
+    "FP8Recipe",
     "KimiK2Config",
     "LatentCache",
     "RouterBalanceCallback",
+    "disable_fp8_training",
+    "enable_fp8_training",
     "register",
     "unregister",
 ]
