@@ -265,7 +265,8 @@ def _compare_tensor(one: Side, two: Side, source: Source) -> Result:
         # NaN against anything is a difference, and so is a difference that overflows.
         worst = max(worst, float(np.nan_to_num(difference, nan=np.inf).max(initial=0.0)))
         allowed = sum((_allowance(v, t) for v, t in zip(values, bands, strict=True) if t is not None), np.float32(0))
-        excess = excess or not bool((difference <= allowed).all())
+        # What rounds is finite; an infinite value would allow itself any difference.
+        excess = excess or not bool((np.isfinite(difference) & (difference <= allowed)).all())
     return Result("different" if excess else "rounded" if worst else "identical", worst)
 
 

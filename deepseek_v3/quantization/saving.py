@@ -298,6 +298,9 @@ class _Original:
     def __init__(self, folder: str, scale_fmt: str | None) -> None:
         self.tensors = CheckpointTensors(checkpoint_files(folder))
         self.names = self.tensors.fp8_weights()
+        if not self.names:
+            self.tensors.close()
+            raise ValueError(f"original={folder} holds no FP8 weights; give the FP8 checkpoint, or leave it out")
         self.scale_fmt = scale_fmt
         self.report = RoundingReport()
 
@@ -305,6 +308,11 @@ class _Original:
         if name not in self.names:
             return _quantize(name, weight, self.scale_fmt)
         codes, scale = self.tensors.read(name), read_scale(self.tensors, name + SCALE_SUFFIX)
+        if codes.shape != weight.shape:
+            raise ValueError(
+                f"{name} is {list(weight.shape)} here and {list(codes.shape)} in `original`; give the checkpoint that "
+                "this model was fine-tuned from"
+            )
         weight = weight.cpu()
         before = dequantize_weight(codes, scale, dtype=weight.dtype)
         fits = self.scale_fmt is None or are_powers_of_two(scale)

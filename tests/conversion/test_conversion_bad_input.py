@@ -190,7 +190,7 @@ BLIND = ("scale NaN", "scale infinite", "scale zero", "scale negative", "NaN cod
 
 
 @pytest.mark.parametrize("what", BAD)
-def test_bad_checkpoints(copy, tmp_path, capsys, what):
+def test_bad_checkpoints(made, copy, tmp_path, capsys, what):
     damage, words = BAD[what]
     folder = copy("fp8")
     damage(folder)
@@ -204,6 +204,11 @@ def test_bad_checkpoints(copy, tmp_path, capsys, what):
     # Looking at headers alone finds it, too, unless it lies in the values.
     seen = command("inspect", folder) != 0
     assert seen == (what not in BLIND)
+    capsys.readouterr()
+    # Comparing asks for no config.json and takes a number for what it is in any dtype; all else is seen.
+    code = command("verify", folder, made / "fp8", "--workers", 0)
+    assert code in ((0, 2) if "config" in what or what == "wrong dtype" else (1, 2))
+    assert capsys.readouterr().err.count("\n") == (code == 2)
 
 
 def test_bf16_with_a_quantization_config(copy, tmp_path, capsys):

@@ -181,3 +181,25 @@ def test_the_report_is_its_formula_and_adds_up():
     assert report.vanished == ["turned", "gone", "noise"] and "gone (0%)" in report.warning()
     shares = [survival.share for survival in report.tensors.values()]
     assert report.overall.share == pytest.approx(sum(shares) / 4)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_too(fp8_folder, tmp_path):
+    kept, plain = (load(fp8_folder, device_map="cuda", **how) for how in (KEEP, DEQUANTIZE))
+    adapted = get_peft_model(kept, LoraConfig(r=4, target_modules=LINEARS, target_parameters=EXPERTS))
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        adapted.merge_and_unload()
+    kept = adapted.unload()
+    assert keeps_fp8(kept)
+    kept.dequantize()
+    ours, expected = kept.state_dict(), plain.state_dict()
+    assert all(ours[name].is_cuda and torch.equal(ours[name], expected[name]) for name in expected)
+    adapted = trained(plain.cpu())
+    merged = adapted.merge_and_unload()
+    merged.save_pretrained(tmp_path / "cpu", quantize="fp8", original=fp8_folder)
+    report = merged.rounding_report
+    merged.cuda().save_pretrained(tmp_path / "cuda", quantize="fp8", original=fp8_folder)
+    assert {n: raw(t) for n, t in stored(tmp_path / "cuda").items()} == {
+        n: raw(t) for n, t in stored(tmp_path / "cpu").items()
+    }
+    assert merged.rounding_report.tensors == report.tensors

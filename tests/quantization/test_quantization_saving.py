@@ -10,10 +10,12 @@ import numpy
 import pytest
 import torch
 from official import awkward_config, config_json, dequantized, logged, raw, stored, write_fp8
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from deepseek_v3 import DeepseekV3Config, FP8Config
 from deepseek_v3.configuration import official_tensors
+from deepseek_v3.conversion import write_checkpoint
 from deepseek_v3.quantization import FP8Linear
 from twins import make_model
 
@@ -275,4 +277,31 @@ def test_what_cannot_be_written_is_named(plain, tmp_path):
     weights["model.norm.weight"] = weights["model.norm.weight"].to(torch.int8)
     with pytest.raises(ValueError, match="model.norm.weight is torch.int8"):
         plain.save_pretrained(tmp_path / "a", quantize="fp8", state_dict=weights)
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(
+    ("fault", "error", "words"),
+    [
+        ("missing", FileNotFoundError, "model.safetensors is missing; give the folder of the FP8 checkpoint"),
+        ("bf16", ValueError, "holds no FP8 weights"),
+        ("other", ValueError, r"q_a_proj.weight is \[136, 192\] here and \[64, 192\] in `original`"),
+        ("cut", ValueError, "model-00002-of-000003.safetensors is no whole safetensors file"),
+        ("scale", ValueError, "holds a scale that is not finite and positive"),
+    ],
+)
+def test_an_original_that_is_none_is_refused_before_anything_is_written(fault, error, words, plain, tmp_path):
+    source = tmp_path / "source"
+    if fault != "missing":
+        config = awkward_config(**({"q_lora_rank": 64} if fault == "other" else {}))
+        write_checkpoint(config, source, shards=3, quantized=fault != "bf16")
+    second = source / "model-00002-of-000003.safetensors"
+    if fault == "cut":
+        second.write_bytes(second.read_bytes()[:-50])
+    if fault == "scale":
+        tensors = load_file(second)
+        next(tensor for name, tensor in tensors.items() if name.endswith("_scale_inv"))[0, 0] = float("nan")
+        save_file(tensors, second, metadata={"format": "pt"})
+    with pytest.raises(error, match=words):
+        plain.save_pretrained(tmp_path / "a", quantize="fp8", original=source)
     assert not (tmp_path / "a").exists()
