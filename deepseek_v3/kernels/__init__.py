@@ -4,6 +4,7 @@ Importing this needs torch alone and asks neither the device nor the environment
 """
 
 from .dispatch import BackendRow, BackendTable, backends
+from .e5m6 import pack_e5m6, unpack_e5m6
 from .experts import experts_forward
 from .fp8 import fp8_gemm
 from .fp8_training import retile, swiglu_backward
@@ -19,6 +20,7 @@ from .quantize import (
     quantize_activation_transposed,
     quantize_swiglu,
     quantize_weight,
+    transpose_codes,
 )
 
 __all__ = [
@@ -36,6 +38,7 @@ __all__ = [
     "grouped_gemm",
     "grouped_wgrad",
     "mla_decode",
+    "pack_e5m6",
     "quantize_activation",
     "quantize_activation_transposed",
     "quantize_grouped_transposed",
@@ -47,5 +50,7 @@ __all__ = [
     "route",
     "sort_pairs",
     "swiglu_backward",
+    "unpack_e5m6",
+    "transpose_codes",
     "write_latents",
 ]

@@ -154,6 +154,45 @@ def quantize_weight(
     return torch.ops.deepseek_v3.quantize_weight(w, *block, scale_fmt, amax_floor, backend)
 
 
+@dispatch.define(
+    "transpose_codes(Tensor codes, str backend) -> Tensor",
+    lambda codes, backend: codes.new_empty(*codes.shape[:-2], codes.shape[-1], codes.shape[-2]),
+)
+def _transpose(codes, backend):
+    merge = codes.stride(-1) == 1 and (codes.dim() <= 3 or codes.is_contiguous())
+    reasons = _reasons(codes.device)
+    if not merge or not codes.numel():
+        reasons["triton"] = reasons["triton"] or "rows that are not dense, or an empty tensor"
+    if dispatch.choose(OPERATION, reasons, backend, codes.device) == "torch":
+        return codes.view(torch.uint8).transpose(-1, -2).contiguous().view(codes.dtype)
+    from .triton.launch_fp8 import transpose_codes as launch
+
+    turned = launch(codes.reshape(-1, *codes.shape[-2:]))
+    return turned.view(*codes.shape[:-2], *turned.shape[1:])
+
+
+def transpose_codes(codes: torch.Tensor, *, backend: str = "auto") -> torch.Tensor:
+    """Codes with their last two dimensions exchanged, as the gradient to a linear's input multiplies by them.
+
+    128 x 128 blocks stay blocks: the scales that go with the result are those of the codes, transposed.
+
+    Args:
+        codes: float8_e4m3fn [..., N, K].
+        backend: "auto", "triton" or "torch"; they agree bit for bit.
+
+    Returns:
+        float8_e4m3fn [..., K, N], contiguous.
+
+    Raises:
+        ValueError: fewer than two dimensions, or another dtype.
+        RuntimeError: a backend asked for that cannot run here.
+    """
+    _check_matrix("codes", codes, 2)
+    if codes.dtype != torch.float8_e4m3fn:
+        raise ValueError(f"codes must be float8_e4m3fn, got {codes.dtype}")
+    return torch.ops.deepseek_v3.transpose_codes(codes, backend)
+
+
 def dequantize_weight(
     codes: torch.Tensor,
     scale: torch.Tensor,

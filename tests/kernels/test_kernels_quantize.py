@@ -11,6 +11,7 @@ from deepseek_v3.kernels import (
     quantize_activation,
     quantize_activation_transposed,
     quantize_weight,
+    transpose_codes,
 )
 
 
@@ -55,6 +56,19 @@ def test_an_expert_stack_is_its_matrices_one_by_one(scale_fmt):
     assert torch.equal(
         dequantize_weight(codes, scale)[2, 1], dequantize_weight(codes[2, 1].contiguous(), scale[2, 1].contiguous())
     )
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (130, 257), (3, 128, 200), (2, 2, 65, 129)])
+def test_codes_are_turned_byte_by_byte(target, shape):
+    codes = torch.randn(shape).to(torch.float8_e4m3fn).to(target.device)
+    turned = transpose_codes(codes, backend=target.backend)
+    assert turned.is_contiguous() and turned.dtype == codes.dtype
+    assert torch.equal(turned.view(torch.uint8), codes.view(torch.uint8).mT)
+    if len(shape) == 3:
+        strided = codes[:, :, :100]
+        assert torch.equal(
+            transpose_codes(strided, backend=target.backend).view(torch.uint8), strided.view(torch.uint8).mT
+        )
 
 
 def test_slabs_do_not_change_the_result(monkeypatch):
@@ -148,6 +162,7 @@ def test_empty_tensors(shape):
     "call, words",
     [
         (lambda: quantize_weight(torch.randn(4)), "dimensions"),
+        (lambda: transpose_codes(torch.randn(4, 4)), "float8_e4m3fn"),
         (lambda: quantize_weight(torch.ones(4, 4, dtype=torch.int32)), "int32"),
         (lambda: quantize_weight(torch.randn(4, 4), scale_fmt="e8m0"), "ue8m0"),
         (lambda: quantize_activation_transposed(torch.randn(2, 3, 4)), "tokens, channels"),

@@ -8,7 +8,7 @@ from ..reference.fp8 import GROUP, padded_groups
 from ..reference.quantize import AMAX_FLOOR
 from .fp8 import fp8_grouped_columns, fp8_matmul
 from .launch_mla import tma_ready
-from .quantize import quantize_blocks, quantize_columns, quantize_rows
+from .quantize import quantize_blocks, quantize_columns, quantize_rows, transpose_tiles
 
 ROWS, COLUMNS, BAND = 64, 128, 32
 
@@ -99,3 +99,15 @@ def quantize_weight(w, block, scale_fmt, amax_floor):
             HEIGHT=block[0], WIDTH=block[1], POWER=scale_fmt is not None, num_warps=8,
         )  # fmt: skip
     return codes, scale
+
+
+def transpose_codes(codes):
+    """Codes of a stack [E, rows, cols] with dense rows."""
+    experts, rows, cols = codes.shape
+    out = torch.empty(experts, cols, rows, dtype=codes.dtype, device=codes.device)
+    if out.numel():
+        side = 128
+        transpose_tiles[(triton.cdiv(rows, side), triton.cdiv(cols, side), experts)](
+            codes.view(torch.uint8), out.view(torch.uint8), rows, cols, *codes.stride()[:2], SIDE=side, num_warps=8
+        )
+    return out

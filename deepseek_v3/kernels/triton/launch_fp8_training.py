@@ -5,6 +5,7 @@ import triton
 
 from ..reference.fp8 import padded_groups
 from ..reference.quantize import AMAX_FLOOR
+from .e5m6 import pack_tiles, unpack_tiles
 from .fp8_training import retile_columns, swiglu_gradient
 
 
@@ -42,3 +43,28 @@ def swiglu_backward(gate_up, scale, grad, weights):
             BLOCK=block, SCALED=scale is not None, WEIGHTED=weights is not None, num_warps=4,
         )  # fmt: skip
     return grad_gate_up, out, share
+
+
+def pack_e5m6(x):
+    """See ``deepseek_v3.kernels.pack_e5m6``."""
+    rows, width = x.shape
+    groups = triton.cdiv(width, 128)
+    high = torch.empty(rows, groups * 128, dtype=torch.uint8, device=x.device)
+    low = torch.empty(rows, groups * 64, dtype=torch.uint8, device=x.device)
+    scale = torch.empty(rows, groups, dtype=torch.float32, device=x.device)
+    if rows:
+        pack_tiles[(triton.cdiv(rows, 16), groups)](
+            x, high, low, scale, rows, width, x.stride(0), groups, BLOCK=16, num_warps=4
+        )
+    return high, low, scale
+
+
+def unpack_e5m6(high, low, scale, width, dtype):
+    """See ``deepseek_v3.kernels.unpack_e5m6``."""
+    out = torch.empty(high.shape[0], width, dtype=dtype, device=high.device)
+    if out.numel():
+        rows, groups = scale.shape
+        unpack_tiles[(triton.cdiv(rows, 16), groups)](
+            high, low, scale, out, rows, width, groups, BLOCK=16, num_warps=4
+        )
+    return out

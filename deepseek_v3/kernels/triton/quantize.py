@@ -88,3 +88,15 @@ def quantize_blocks(
     tl.store(scale + (e * tl.num_programs(0) + tl.program_id(0)) * across + tl.program_id(1), s)
     code = tl.div_rn(value, s + tl.zeros_like(value)).to(tl.float8e4nv)
     tl.store(codes + (e * rows + r.to(tl.int64)[:, None]) * cols + c[None, :], code, mask=mask)
+
+
+@triton.jit
+def transpose_tiles(x, out, rows, cols, x_e, x_r, SIDE: tl.constexpr):
+    """One SIDE x SIDE tile of matrix program_id(2) of a stack of bytes, turned; out [E, cols, rows] is contiguous."""
+    r = tl.program_id(0) * SIDE + tl.arange(0, SIDE)
+    c = tl.program_id(1) * SIDE + tl.arange(0, SIDE)
+    e = tl.program_id(2).to(tl.int64)
+    place = e * x_e + r.to(tl.int64)[:, None] * x_r + c[None, :]
+    tile = tl.load(x + place, mask=(r < rows)[:, None] & (c < cols)[None, :])
+    place = (e * cols + c.to(tl.int64)[:, None]) * rows + r[None, :]
+    tl.store(out + place, tl.trans(tile), mask=(c < cols)[:, None] & (r < rows)[None, :])

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ...kernels import quantize_weight
+from ...kernels import quantize_weight, transpose_codes
 from .quantise import Statistics
 
 _steps = 0
@@ -70,10 +70,6 @@ class WeightCodes:
             kept = key, Codes(codes, scale, None, None)
         if transposed and kept[1].codes_t is None:
             codes, scale = kept[1].codes, kept[1].scale
-            kept = key, Codes(codes, scale, _transposed(codes), scale.transpose(-1, -2).contiguous())
+            kept = key, Codes(codes, scale, transpose_codes(codes), scale.transpose(-1, -2).contiguous())
         self._kept[name] = kept
         return kept[1]
-
-
-def _transposed(codes: torch.Tensor) -> torch.Tensor:
-    return codes.view(torch.uint8).transpose(-1, -2).contiguous().view(codes.dtype)
