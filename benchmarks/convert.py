@@ -5,7 +5,8 @@ the published layer, 11.5 GB in FP8). Both sides end with the files flushed to t
 timing where the system lets us. Workers are started once before the first timing: the seconds that importing takes do
 not grow with the checkpoint. Correctness comes first; a row that is wrong prints no speed.
 
-    python benchmarks/convert.py [--experts 24] [--rounds 5] [--workers 2] [--only bf16 fp8 ...] [--output FILE]
+    python benchmarks/convert.py [--experts 24] [--rounds 5] [--workers 2] [--device cuda] [--only bf16 fp8 ...]
+        [--output FILE]
 """
 
 import argparse
@@ -142,7 +143,8 @@ def measure(case: str, root: Path, options: argparse.Namespace) -> Row:
         made_from, made_to, made_with, _ = CASES[source_name]
         convert(root / made_from, source, made_to, workers=options.workers, **made_with)  # type: ignore[arg-type]
     shutil.rmtree(result, ignore_errors=True)
-    report = convert(source, result, to, workers=options.workers, **settings)  # type: ignore[arg-type]
+    settings = {**settings, "workers": options.workers, "device": options.device}
+    report = convert(source, result, to, **settings)  # type: ignore[arg-type]
     row = Row(case, source_name, report.nbytes, is_right(case, source, result, root / "fp8"), target_ratio=target)
     largest = max(info.nbytes for header in open_checkpoint(source).files.values() for info in header.tensors.values())
     row.rss_bound_bytes = 2 * 10**9 + 2 * largest
@@ -151,7 +153,7 @@ def measure(case: str, root: Path, options: argparse.Namespace) -> Row:
     ours, theirs = [], []
     for _ in range(options.rounds):
         shutil.rmtree(result)
-        elapsed, report = timed(convert, source, result, to, workers=options.workers, **settings)
+        elapsed, report = timed(convert, source, result, to, **settings)
         ours.append(elapsed)
         theirs.append(timed(plain_copy, result, copied)[0])
         shutil.rmtree(copied)
@@ -201,6 +203,7 @@ def main() -> int:
     parser.add_argument("--experts", type=int, default=24, help="routed experts of the layer (a multiple of 8)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where FP8 is encoded and decoded")
     parser.add_argument("--shards", type=int, default=8)
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--folder", type=Path, help="where to work (default: the system's temporary folder)")
@@ -220,7 +223,12 @@ def main() -> int:
             print(table(rows[-1:]).splitlines()[-1], flush=True)
     print()
     print(table(rows))
-    settings = {"experts": options.experts, "rounds": options.rounds, "workers": options.workers}
+    settings = {
+        "experts": options.experts,
+        "rounds": options.rounds,
+        "workers": options.workers,
+        "device": options.device,
+    }
     result = {
         "benchmark": "convert",
         **about,

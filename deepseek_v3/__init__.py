@@ -5,6 +5,7 @@ transformers' own) and "kimi_k2"; `deepseek_v3.unregister()` gives the former ba
 leaves that to those of its subcommands that load models: looking at a checkpoint must not wait for transformers.
 """
 
+import os
 import sys
 from importlib import import_module
 from pathlib import PurePath
@@ -79,7 +80,11 @@ def _is_own_command() -> bool:
     return PurePath(started).name in ("deepseek-v3", "deepseek-v3.exe")
 
 
-if not _is_own_command():
+# Tells the worker processes of such a command, which load no models either.
+WITHOUT_MODELS = "DEEPSEEK_V3_WITHOUT_MODELS"
+if _is_own_command():
+    os.environ[WITHOUT_MODELS] = "1"
+if WITHOUT_MODELS not in os.environ:
     from .registration import register
 
     register()

@@ -6,9 +6,11 @@ they do not need: `inspect` reads 163 headers in less time than transformers tak
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
+from . import WITHOUT_MODELS
 from .conversion.commands import add_commands as add_conversion_commands
 from .training.commands import add_commands as add_training_commands
 
@@ -36,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         if args.registers:
+            os.environ.pop(WITHOUT_MODELS, None)
             from .registration import register
 
             register()

@@ -5,12 +5,13 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-
 from deepseek_v3.configuration.presets import PRESETS
 from deepseek_v3.conversion import write_checkpoint
 
 OF = "from transformers import AutoConfig; print(type(AutoConfig.for_model('deepseek_v3')).__module__.split('.')[0])"
+
+# Their own child processes register as well.
+CLEAN = "import os; print([name for name in os.environ if name.startswith('DEEPSEEK_V3')])"
 
 
 def run(*words):
@@ -39,14 +40,30 @@ def test_the_module_form_starts_as_fast(made):
     assert not [line for line in loaded.splitlines() if line.split("|")[-1].strip() in ("torch", "transformers")]
 
 
-@pytest.mark.parametrize("name", ["script", "deepseek_v3.py", "my-deepseek-v3"])
-def test_any_other_program_gets_the_classes_by_importing(name):
-    assert run("-c", f"import sys; sys.argv = ['{name}']\nimport deepseek_v3\n{OF}").stdout.split() == ["deepseek_v3"]
+def test_any_other_program_gets_the_classes_by_importing():
+    source = f"import sys; sys.argv = ['my-deepseek-v3']\nimport deepseek_v3\n{OF}"
+    assert run("-c", source).stdout.split() == ["deepseek_v3"]
 
 
 def test_commands_that_load_models_register_them(made):
-    source = command(["generate", "--model", "/nowhere", "--prompt", "x"], f"assert code == 2; code = 0\n{OF}")
-    assert run("-c", source).stdout.split()[-1] == "deepseek_v3"
+    source = command(
+        ["generate", "--model", "/nowhere", "--prompt", "x"], f"assert code == 2; code = 0\n{OF}\n{CLEAN}"
+    )
+    assert run("-c", source).stdout.split()[-2:] == ["deepseek_v3", "[]"]
+
+
+def test_workers_of_a_command_start_without_transformers(tmp_path):
+    """What the server that workers are forked from has imported, as the one worker says it."""
+    script = tmp_path / "ask.py"
+    script.write_text(
+        "import sys\ndef answer(): return sorted({'numpy', 'torch', 'transformers'} & set(sys.modules))\n"
+    )
+    asking = (
+        "from deepseek_v3.conversion import execution; from ask import answer\n"
+        "print(*next(execution.run_all(answer, [()], workers=1, needs_codec=True))[1])"
+    )
+    source = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); sys.argv = ['deepseek-v3']\n{asking}"
+    assert run("-c", source).stdout.split() == ["numpy", "torch"]
 
 
 def test_names_are_found_at_the_root_without_registering():
