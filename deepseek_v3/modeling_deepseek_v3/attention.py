@@ -243,8 +243,8 @@ class DeepseekV3Attention(nn.Module):
         """
         if mla_spans is not None and mla_spans.extension is not None and is_bare(self.kv_a_layernorm):
             return self._decode(hidden_states, position_embeddings, past_key_values, mla_spans), None
-        query = self._query(hidden_states, position_embeddings)
-        latents = self._latents(hidden_states, position_embeddings)
+        query = self._rotated(self._project_query(hidden_states), position_embeddings)
+        latents = self._latents(self.kv_a_proj_with_mqa(hidden_states), position_embeddings)
         if past_key_values is not None:
             latents = past_key_values.update(*latents, self.layer_idx)
         if mla_form == "absorbed":
@@ -257,7 +257,7 @@ class DeepseekV3Attention(nn.Module):
             output, weights = absorbed_attention(query, joint, weight, attention_mask, self.scaling, dropout)
             shown = weights if self.config._attn_implementation == "eager" else None
         else:
-            output, shown = self._expanded(query, latents, attention_mask, **kwargs)
+            output, shown = self._attend(*self._heads(query, latents), attention_mask, **kwargs)
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), shown
 
     def _decode(
@@ -285,30 +285,35 @@ class DeepseekV3Attention(nn.Module):
 
     def _project_query(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[B, T, D] to [B, H, T, N + R], not yet rotated."""
-        if self._low_rank_query:
-            query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
-        else:
-            query = self.q_proj(hidden_states)
-        return query.view(*hidden_states.shape[:-1], -1, self._split[0] + self._split[1]).transpose(1, 2)
+        return self._up_query(self.q_a_proj(hidden_states) if self._low_rank_query else hidden_states)
 
-    def _query(self, hidden_states: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> tuple[Any, Any]:
-        q_nope, q_rope = self._project_query(hidden_states).split(self._split[:2], dim=-1)
+    def _up_query(self, low: torch.Tensor) -> torch.Tensor:
+        """`q_a_proj`'s output (or, without a low rank, the hidden states) to [B, H, T, N + R], not yet rotated."""
+        query = self.q_b_proj(self.q_a_layernorm(low)) if self._low_rank_query else self.q_proj(low)
+        return query.view(*low.shape[:-1], -1, self._split[0] + self._split[1]).transpose(1, 2)
+
+    def _rotated(self, query: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> tuple[Any, Any]:
+        q_nope, q_rope = query.split(self._split[:2], dim=-1)
         return q_nope, apply_rope(q_rope, *angles, self._interleave)
 
-    def _latents(self, hidden_states: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> tuple[Any, Any]:
-        compressed = self.kv_a_proj_with_mqa(hidden_states)
+    def _latents(self, compressed: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> tuple[Any, Any]:
         latent, rope = compressed.split((self._rank, self._split[1]), dim=-1)
         latent = self.kv_a_layernorm(latent)[:, None]  # [B, 1, T, C]
         return latent, apply_rope(rope[:, None], *angles, self._interleave)  # [B, 1, T, R]
 
-    def _expanded(self, query: Any, latents: Any, attention_mask: Any, **kwargs: Any) -> tuple[Any, Any]:
-        nope, rope, value = self._split
+    def _heads(self, query: Any, latents: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Every head's query [B, H, T, N + R], key [B, H, S, N + R] and value [B, H, S, V]."""
+        nope, _, value = self._split
         latent, k_rope = latents
         batch, _, keys, _ = latent.shape
         expanded = self.kv_b_proj(latent[:, 0]).view(batch, keys, -1, nope + value).transpose(1, 2)
-        k_nope, v = expanded.split((nope, value), dim=-1)  # [B, H, S, N], [B, H, S, V]
+        k_nope, v = expanded.split((nope, value), dim=-1)
         k = torch.cat((k_nope, k_rope.expand(-1, k_nope.shape[1], -1, -1)), dim=-1)
+        return torch.cat(query, dim=-1), k, v
+
+    def _attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attention_mask: Any, **kwargs: Any
+    ) -> tuple[Any, Any]:
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         dropout = self.attention_dropout if self.training else 0.0
-        q = torch.cat(query, dim=-1)
         return attend(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from deepseek_v3.kernels import quantize_activation, retile, sort_pairs, swiglu_backward
+from deepseek_v3.kernels import pack_e5m6, quantize_activation, retile, sort_pairs, swiglu_backward, unpack_e5m6
 
 
 def tiles_of_rows(values, scale_fmt):
@@ -89,9 +89,52 @@ def test_rows_of_nobody_do_not_spread(target):
     assert scale.isfinite().all() and codes.float().isfinite().all()
 
 
+def every_e5m6():
+    """All magnitudes of 5 exponent and 6 mantissa bits, bias 15, every field a number, by their code."""
+    subnormal = [mantissa / 64 * 2.0**-14 for mantissa in range(64)]
+    return torch.tensor(subnormal + [2.0 ** (e - 15) * (1 + m / 64) for e in range(1, 32) for m in range(64)]).double()
+
+
+# Whole tiles; a short last tile in either half.
+@pytest.mark.parametrize("shape", [(19, 256), (5, 200), (3, 40)])
+def test_e5m6_rounds_to_the_nearest_code_of_all(target, shape):
+    x = torch.randn(shape, device=target.device) * 10.0 ** torch.randint(-4, 3, shape, device=target.device)
+    x = x.to(target.dtype)
+    x[0, :3] = torch.tensor([0.0, -0.0, 1.0])
+    high, low, scale = pack_e5m6(x, backend=target.backend)
+    assert high.numel() + low.numel() == shape[0] * -(-shape[1] // 128) * 192
+    got = unpack_e5m6(high, low, scale, shape[1], dtype=torch.float32, backend=target.backend).cpu().double()
+    amax = torch.nn.functional.pad(x.cpu().double().abs(), (0, -shape[1] % 128)).unflatten(1, (-1, 128)).amax(-1)
+    codes = every_e5m6()
+    power = 2.0 ** torch.ceil(torch.log2(amax / codes.max()))
+    assert torch.equal(scale.cpu().double(), power)
+    small = x.cpu().double().abs() / power.repeat_interleave(128, 1)[:, : shape[1]]
+    above = torch.searchsorted(codes, small).clamp(1, len(codes) - 1)
+    lower, upper = codes[above - 1], codes[above]
+    even = torch.where((above - 1) % 2 == 0, lower, upper)
+    nearest = torch.where(
+        small - lower < upper - small, lower, torch.where(small - lower > upper - small, upper, even)
+    )
+    want = torch.copysign(nearest * power.repeat_interleave(128, 1)[:, : shape[1]], x.cpu().double())
+    assert torch.equal(got, want)
+
+
+def test_e5m6_of_what_it_wrote_is_exact_and_broken_tiles_say_so(target):
+    x = torch.randn(16, 256, device=target.device).to(target.dtype)
+    once = unpack_e5m6(*pack_e5m6(x, backend=target.backend), 256, dtype=torch.float32, backend=target.backend)
+    twice = unpack_e5m6(*pack_e5m6(once, backend=target.backend), 256, dtype=torch.float32, backend=target.backend)
+    assert torch.equal(once, twice)
+    x[0, 3], x[1, 200], x[2] = float("nan"), float("-inf"), 0
+    out = unpack_e5m6(*pack_e5m6(x, backend=target.backend), 256, dtype=target.dtype, backend=target.backend)
+    assert out[0, :128].isnan().all() and out[1, 128:].isnan().all() and not out[2].any()
+    assert out[0, 128:].isfinite().all() and out[1, :128].isfinite().all() and out[3:].isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda: pack_e5m6(torch.ones(4)), "floating matrix"),
+        (lambda: unpack_e5m6(*pack_e5m6(torch.ones(4, 128)), 129), "do not fit"),
         (lambda: retile(torch.ones(2, 3, 4)), "x must be"),
         (lambda: retile(torch.ones(4, 128), torch.ones(4, 1)), "x must be"),
         (lambda: retile(torch.ones(4, 128).to(torch.float8_e4m3fn), torch.ones(4, 2)), "does not fit codes"),

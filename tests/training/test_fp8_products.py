@@ -18,10 +18,10 @@ SHAPE |= {"num_attention_heads": 2, "num_key_value_heads": 2, "q_lora_rank": 128
 SHAPE |= {"qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "v_head_dim": 64}
 
 
-def layer(index, recipe=None, seed=0, dtype=torch.float32, std=None):
+def layer(index, recipe=None, seed=0, dtype=torch.float32, std=None, **overrides):
     """A decoder layer with weights of usual size: dense (0) or with experts (1); converted where a recipe is given."""
     torch.manual_seed(seed)
-    config = DeepseekV3Config(**SHAPE)
+    config = DeepseekV3Config(**SHAPE | overrides)
     config._attn_implementation = "sdpa"
     block = DeepseekV3DecoderLayer(config, index)
     for parameter in block.parameters():

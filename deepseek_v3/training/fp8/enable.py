@@ -4,10 +4,12 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from ...modeling_deepseek_v3.decoder import DeepseekV3DecoderLayer
+from ...modeling_deepseek_v3.attention import DeepseekV3Attention
+from ...modeling_deepseek_v3.decoder import DeepseekV3DecoderLayer, DeepseekV3MTPLayer
 from ...modeling_deepseek_v3.layers import DeepseekV3MLP, DeepseekV3RMSNorm
 from ...modeling_deepseek_v3.moe import DeepseekV3Experts, DeepseekV3MoE
 from ...quantization.linear import keeps_fp8
+from .attention import FP8TrainingAttention, FP8TrainingDecoderLayer, FP8TrainingMTPLayer
 from .experts import FP8TrainingExperts, FP8TrainingMoE
 from .linear import FP8TrainingLinear, FP8TrainingMLP
 from .norm import FP8TrainingRMSNorm
@@ -21,7 +23,13 @@ Model = TypeVar("Model", bound=nn.Module)
 LINEARS = {"q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"}
 LINEARS |= {"gate_proj", "up_proj", "down_proj", "eh_proj"}
 PRODUCTS: dict[type, type] = {nn.Linear: FP8TrainingLinear, DeepseekV3Experts: FP8TrainingExperts}
-AROUND: dict[type, type] = {DeepseekV3MLP: FP8TrainingMLP, DeepseekV3MoE: FP8TrainingMoE}
+AROUND: dict[type, type] = {
+    DeepseekV3MLP: FP8TrainingMLP,
+    DeepseekV3MoE: FP8TrainingMoE,
+    DeepseekV3Attention: FP8TrainingAttention,
+    DeepseekV3DecoderLayer: FP8TrainingDecoderLayer,
+    DeepseekV3MTPLayer: FP8TrainingMTPLayer,
+}
 NORMS: dict[type, type] = {DeepseekV3RMSNorm: FP8TrainingRMSNorm}
 
 

@@ -3,16 +3,30 @@
 M rows, K input features, N output features, F width of the MLP.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from ...kernels import fp8_gemm, quantize_activation, quantize_swiglu, retile, swiglu_backward
+from ...kernels import fp8_gemm, quantize_activation, quantize_swiglu, retile, swiglu_backward, unpack_e5m6
 from ...modeling_deepseek_v3.layers import DeepseekV3MLP
 from .quantise import gradient_codes, input_codes
 from .state import FP8Module, FP8State, result_dtype
 from .weights import Codes
+
+
+class Packed(NamedTuple):
+    """The input of a linear layer [M, K] in 12 bits a number."""
+
+    high: torch.Tensor
+    low: torch.Tensor
+    scale: torch.Tensor
+    width: int
+    dtype: torch.dtype
+
+    def values(self) -> torch.Tensor:
+        """[M, K] of the dtype that was packed."""
+        return unpack_e5m6(self.high, self.low, self.scale, self.width, dtype=self.dtype)
 
 
 def input_gradient(grad: torch.Tensor, weight: Codes, state: FP8State) -> torch.Tensor:
@@ -39,10 +53,14 @@ class _Linear(torch.autograd.Function):
         codes: torch.Tensor,
         scale: torch.Tensor,
         module: "FP8TrainingLinear",
+        packed: Packed | None,
     ) -> torch.Tensor:
         ctx.kept = module.fp8.weight(weight, transposed=ctx.needs_input_grad[0])
-        ctx.state, ctx.dtype, ctx.weight = module.fp8, x.dtype, weight
-        if ctx.needs_input_grad[1]:
+        ctx.state, ctx.dtype, ctx.weight, ctx.packed = module.fp8, x.dtype, weight, None
+        if packed is not None:
+            ctx.save_for_backward(*packed[:3])
+            ctx.packed = packed[3:]
+        elif ctx.needs_input_grad[1]:
             ctx.save_for_backward(codes, scale)
         out = fp8_gemm(codes, scale, ctx.kept.codes, ctx.kept.scale, out_dtype=result_dtype(x))
         return out.view(*x.shape[:-1], -1)
@@ -55,8 +73,10 @@ class _Linear(torch.autograd.Function):
             dx = input_gradient(rows, ctx.kept, ctx.state).view(*grad.shape[:-1], -1).to(ctx.dtype)
         if ctx.needs_input_grad[1]:
             dtype = ctx.state.recipe.gradient_dtype(ctx.weight)
-            dw = weight_gradient(rows, ctx.saved_tensors, ctx.state, dtype).to(ctx.weight.dtype)
-        return dx, dw, None, None, None
+            saved = ctx.saved_tensors
+            x = saved if ctx.packed is None else (Packed(*saved, *ctx.packed).values(), None)
+            dw = weight_gradient(rows, x, ctx.state, dtype).to(ctx.weight.dtype)
+        return dx, dw, None, None, None, None
 
 
 class FP8TrainingLinear(FP8Module, nn.Linear):
@@ -69,8 +89,12 @@ class FP8TrainingLinear(FP8Module, nn.Linear):
         """[.., K] to [.., N], of the dtype that `nn.Linear` would give."""
         if not self.in_fp8(x):
             return super().forward(x)
+        return self.with_packed(x, None)
+
+    def with_packed(self, x: torch.Tensor, packed: Packed | None) -> torch.Tensor:
+        """The forward of `train()`; for the weight gradient x is kept as `packed`, where given, instead of in FP8."""
         codes = input_codes(x, self.fp8.recipe.scale_fmt, self.fp8.statistics)
-        out = _Linear.apply(x, self.weight, *codes, self)
+        out = _Linear.apply(x, self.weight, *codes, self, packed)
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
 
@@ -141,14 +165,14 @@ class FP8TrainingMLP(FP8Module, DeepseekV3MLP):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[.., D] to [.., D]."""
         parts = (self.gate_proj, self.up_proj, self.down_proj)
-        plain = all(type(part) is FP8TrainingLinear and not _hooked(part) for part in parts)
+        plain = all(type(part) is FP8TrainingLinear and not is_hooked(part) for part in parts)
         if not plain or not self.in_fp8(hidden_states):
             return super().forward(hidden_states)
         codes = input_codes(hidden_states, self.fp8.recipe.scale_fmt, self.fp8.statistics)
         return _MLP.apply(hidden_states, *(part.weight for part in parts), *codes, self)
 
 
-def _hooked(module: nn.Module) -> bool:
+def is_hooked(module: nn.Module) -> bool:
     """Whether calling the module does more than its forward."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(hooks) or hasattr(module, "_hf_hook") or hasattr(module, "parametrizations")

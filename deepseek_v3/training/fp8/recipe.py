@@ -32,7 +32,8 @@ class FP8Recipe:
             the gradients of gate and up.
         attention_output: of the input of `o_proj`, which the attention's backward reads too. "e5m6" packs it in 12
             bits under power-of-two scales: 1.5 H V bytes instead of 2 H V, a rounding of at most 2^-7 of a value,
-            and one packing and unpacking. "input_dtype" keeps it exactly, and `o_proj`'s codes beside it (H V bytes).
+            and one packing and unpacking; where the attention keeps no output (eager), nothing is packed.
+            "input_dtype" keeps it exactly, and `o_proj`'s codes beside it (H V bytes).
         recompute_norms: keep an RMSNorm's input alone (2 D bytes instead of about 10 D) and compute it again.
         recompute_up_projections: compute queries, keys and values again from the latents instead of keeping H * (2 *
             qk_head_dim + V) numbers; costs the products of `q_b_proj` and `kv_b_proj` once more. Does nothing where
