@@ -23,7 +23,13 @@ if TYPE_CHECKING:
     )
     from .quantization import FP8Config
     from .registration import register, unregister
-    from .training import FP8Recipe, RouterBalanceCallback, disable_fp8_training, enable_fp8_training
+    from .training import (
+        FP8Recipe,
+        RouterBalanceCallback,
+        disable_fp8_training,
+        enable_fp8_training,
+        lora_target_modules,
+    )
 
 __version__ = "0.1.0"
 
@@ -41,6 +47,7 @@ _HOMES = {
     "RouterBalanceCallback": "training",
     "disable_fp8_training": "training",
     "enable_fp8_training": "training",
+    "lora_target_modules": "training",
     "register": "registration",
     "unregister": "registration",
 }
@@ -59,6 +66,7 @@ __all__ = [
     "RouterBalanceCallback",
     "disable_fp8_training",
     "enable_fp8_training",
+    "lora_target_modules",
     "register",
     "unregister",
 ]

@@ -88,7 +88,7 @@ class FP8Experts(CodesModule):
 
     def _stack(self, name: str, rows: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
         """Product of rows sorted by expert with one stack, and with what adapters add to it."""
-        codes, deltas = self._adapted(name)
+        codes, deltas = self.adapted(name)
         scale = getattr(self, f"{name}_scale_inv")
         if computes_in_fp8(rows, self.compute):
             result = self._grouped(rows, codes, scale, offsets)
@@ -97,23 +97,6 @@ class FP8Experts(CodesModule):
         for delta in deltas:
             result = result + grouped_gemm(rows, delta.to(rows.dtype), offsets)
         return result
-
-    def _adapted(self, name: str) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """The codes, and the changes [E, rows, columns] to the matrices that they stand for.
-
-        PEFT's `target_parameters` puts its delta on the parameter for the time of a forward. Added to the codes it
-        would lack their scales and drown in their rounding; beside them it is exact and learns.
-        """
-        changed: Any = getattr(self, "parametrizations", {})
-        if name not in changed:
-            return getattr(self, name), []
-        deltas: list[Any] = [getattr(adapter, "delta_weight", None) for adapter in changed[name]]
-        if any(delta is None for delta in deltas):
-            raise ValueError(
-                f"{name} holds FP8 codes, which only LoRA can adapt. Load the model with "
-                "quantization_config=FP8Config(keep=False)"
-            )
-        return changed[name].original, deltas
 
     def _grouped(
         self, rows: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, offsets: torch.Tensor

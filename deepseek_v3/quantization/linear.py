@@ -85,6 +85,26 @@ class CodesModule(nn.Module):
         for parameter in self.codes_and_scales():
             parameter.requires_grad_(False)
 
+    def adapted(self, name: str) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The codes called `name`, and the changes, of the same shape, to the matrices that they stand for.
+
+        PEFT's `target_parameters` puts its delta on the parameter for the time of a forward. Added to the codes it
+        would lack their scales and drown in their rounding; beside them it is exact and learns.
+
+        Raises:
+            ValueError: something other than LoRA parametrises the codes.
+        """
+        changed: Any = getattr(self, "parametrizations", {})
+        if name not in changed:
+            return getattr(self, name), []
+        deltas: list[Any] = [getattr(adapter, "delta_weight", None) for adapter in changed[name]]
+        if any(delta is None for delta in deltas):
+            raise ValueError(
+                f"{name} holds FP8 codes, which only LoRA can adapt. Load the model with "
+                "quantization_config=FP8Config(keep=False)"
+            )
+        return changed[name].original, deltas
+
     def _apply(self, fn: Callable, recurse: bool = True) -> Any:
         kept = {id(parameter) for parameter in self.codes_and_scales()}
 
@@ -144,12 +164,20 @@ class FP8Linear(CodesModule, nn.Linear):
         return dequantize_weight(self.weight, self.weight_scale_inv, dtype=dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[.., K] to [.., N], of the dtype of `x`."""
-        weight, scale = self.weight, self.weight_scale_inv
-        if not computes_in_fp8(x, self.compute):
-            return weight_only(x, lambda dtype: dequantize_weight(weight, scale, dtype=dtype), self.bias)
-        output = _Dynamic.apply(x, weight, scale, self.scale_fmt)
-        return output if self.bias is None else output + self.bias
+        """[.., K] to [.., N], of the dtype of `x`, with what adapters add.
+
+        Raises:
+            ValueError: something other than LoRA parametrises the codes.
+        """
+        (weight, deltas), scale = self.adapted("weight"), self.weight_scale_inv
+        if computes_in_fp8(x, self.compute):
+            output = _Dynamic.apply(x, weight, scale, self.scale_fmt)
+            output = output if self.bias is None else output + self.bias
+        else:
+            output = weight_only(x, lambda dtype: dequantize_weight(weight, scale, dtype=dtype), self.bias)
+        for delta in deltas:
+            output = output + F.linear(x, delta.to(x.dtype))
+        return output
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, compute={self.compute}"

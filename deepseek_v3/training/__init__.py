@@ -5,12 +5,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .balance import RouterBalanceCallback, update_router_bias
     from .fp8 import FP8Recipe, disable_fp8_training, enable_fp8_training
+    from .lora import lora_target_modules
 
 __all__ = [
     "FP8Recipe",
     "RouterBalanceCallback",
     "disable_fp8_training",
     "enable_fp8_training",
+    "lora_target_modules",
     "update_router_bias",
 ]
 
@@ -23,6 +25,10 @@ def __getattr__(name: str) -> Any:
         from . import balance
 
         return getattr(balance, name)
+    if name == "lora_target_modules":
+        from .lora import lora_target_modules
+
+        return lora_target_modules
     if name in __all__:
         from . import fp8
 

@@ -1,0 +1,69 @@
+"""Which weights a LoRA adapts, in the words of `peft.LoraConfig`.
+
+Special about it: PEFT rewrites `gate_proj`, `up_proj` and `down_proj` among the target modules of this architecture to
+the fused experts, so that the dense and the shared MLPs can be named as parameters only. The router is never named: an
+adapter there would move what the experts were balanced for.
+"""
+
+from typing import Any
+
+from ..configuration.layout import is_moe_layer
+
+PRESETS = ("attention", "all", "experts")
+_EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+_MLP = ("gate_proj", "up_proj", "down_proj")
+
+
+def lora_target_modules(config: Any, preset: str = "attention") -> dict[str, list[str]]:
+    """Targets for a plain `peft.LoraConfig`: `LoraConfig(r=16, **lora_target_modules(model.config, "all"))`.
+
+    MTP modules are adapted with the layers. Where `target_parameters` is not empty, PEFT allows neither dropout nor
+    DoRA. Merging into FP8 codes is refused by PEFT: call `model.dequantize()` first.
+
+    Args:
+        config: of the model. With a bitsandbytes `quantization_config` in it the dense and the shared MLPs are left
+            out, since PEFT can add to a packed linear as a module only.
+        preset: "attention": every projection of the latent attention. "experts": the routed experts. "all": both, the
+            dense and the shared MLPs, and the projection that MTP modules join their inputs with.
+
+    Returns:
+        `target_modules` and `target_parameters`; a list is empty where there is nothing of the kind.
+
+    Raises:
+        ValueError: an unknown preset; "experts" for a model that has none.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"preset={preset!r}: choose {', '.join(map(repr, PRESETS[:-1]))} or {PRESETS[-1]!r}")
+    query = ["q_proj"] if config.q_lora_rank is None else ["q_a_proj", "q_b_proj"]
+    attention = [*query, "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
+    if preset == "attention":
+        return {"target_modules": attention, "target_parameters": []}
+    moe = [is_moe_layer(config, layer) for layer in range(_layers(config))]
+    if preset == "experts":
+        if not any(moe):
+            raise ValueError(
+                f"preset='experts': the model has no routed experts, its {len(moe)} layers are dense "
+                f"(first_k_dense_replace = {config.first_k_dense_replace}). Choose 'attention' or 'all'"
+            )
+        return {"target_modules": [], "target_parameters": list(_EXPERTS)}
+    parameters = list(_EXPERTS) if any(moe) else []
+    if not _is_packed(config):
+        owners = ["mlp"] if not all(moe) else []
+        owners += ["mlp.shared_experts"] if any(moe) and config.n_shared_experts else []
+        parameters += [f"{owner}.{name}.weight" for owner in owners for name in _MLP]
+    joins = ["eh_proj"] if config.num_nextn_predict_layers else []
+    return {"target_modules": attention + joins, "target_parameters": parameters}
+
+
+def _layers(config: Any) -> int:
+    return config.num_hidden_layers + (config.num_nextn_predict_layers or 0)
+
+
+def _is_packed(config: Any) -> bool:
+    """Whether bitsandbytes holds the linears."""
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is None:
+        return False
+    values = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    method = values.get("quant_method")
+    return str(getattr(method, "value", method)).startswith("bitsandbytes")
