@@ -1,16 +1,19 @@
 """Balancing without an auxiliary loss: after each optimizer step every router's selection bias moves by gamma.
 
 The load is counted over the whole batch of the step: over gradient accumulation, because the routers add it up, and
-over all ranks, because it is reduced here (report, section 2.1.2).
+over all ranks, because it is reduced here (report, section 2.1.2). The biases are buffers, which an adapter's files
+do not hold: they go into the Trainer's own state, and beside a finished adapter into a file of their own.
 
 Letters: E routed experts.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers.trainer_callback import TrainerCallback
+from transformers.trainer_callback import ExportableState, TrainerCallback
 
 from ..modeling_deepseek_v3 import DeepseekV3ForCausalLM
 from ..modeling_deepseek_v3.moe import DeepseekV3TopkRouter
@@ -54,13 +57,50 @@ def update_router_bias(model: nn.Module, rate: float) -> list[torch.Tensor | Non
     return loads
 
 
-class RouterBalanceCallback(TrainerCallback):
+ROUTER_BIAS_FILE = "router_bias.safetensors"
+
+
+def save_router_bias(model: nn.Module, folder: str | Path) -> None:
+    """Write every router's bias, [E] float32, to `router_bias.safetensors` of an adapter's folder."""
+    biases = {str(i): r.e_score_correction_bias.detach().cpu() for i, r in enumerate(routers_of(model))}
+    save_file(biases, Path(folder, ROUTER_BIAS_FILE))
+
+
+def load_router_bias(model: nn.Module, folder: str | Path) -> None:
+    """Put the biases that `save_router_bias` wrote into the model that the adapter goes over.
+
+    Raises:
+        FileNotFoundError: the folder holds none.
+        ValueError: they are of another model.
+    """
+    path = Path(folder, ROUTER_BIAS_FILE)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: the routers' biases were not moved with this adapter")
+    biases = load_file(path)
+    _set_biases(model, [biases[name] for name in sorted(biases, key=int)], str(path))
+
+
+@torch.no_grad()
+def _set_biases(model: nn.Module, biases: list[Any], source: str) -> None:
+    routers = routers_of(model)
+    if [len(bias) for bias in biases] != [router.num_experts for router in routers]:
+        raise ValueError(
+            f"{source} holds the biases of {len(biases)} routers, which do not fit the {len(routers)} of this model. "
+            "Take the base model that the adapter was trained over"
+        )
+    for router, bias in zip(routers, biases, strict=True):
+        router.e_score_correction_bias.copy_(torch.as_tensor(bias, dtype=torch.float32))
+
+
+class RouterBalanceCallback(TrainerCallback, ExportableState):
     """Moves the routers' biases after each optimizer step, and puts what they do into the logs.
 
     With each training log come `main_loss`, `mtp_loss` and `balance_loss` (means since the last log), and for the
     experts `max_vio` (largest load over the mean load, minus 1; averaged over the layers), `max_load` (largest load
     over the mean of any layer) and `bias_range` (largest minus smallest bias of any layer). The whole loads and
     biases, layer by layer, go to `state.log_history` as `expert_load` (shares that add up to 1) and `router_bias`.
+    The biases are kept in every checkpoint's trainer_state.json and come back on resuming, also where the checkpoint
+    holds nothing but an adapter.
 
     Args:
         update_rate: gamma. None takes `config.router_bias_update_rate`; 0 only watches. The report used 0.001 and 0
@@ -71,15 +111,33 @@ class RouterBalanceCallback(TrainerCallback):
         if update_rate is not None and update_rate < 0:
             raise ValueError(f"update_rate = {update_rate}: the bias moves against the load; give 0 to switch it off")
         self.update_rate = update_rate
+        self.router_bias: list[list[float]] | None = None
+        self._routers: list[DeepseekV3TopkRouter] = []
         self._loads: list[torch.Tensor | None] = []
         self._steps = 0
+
+    def state(self) -> dict[str, Any]:
+        """What Trainer writes into its checkpoints: the biases of every router, in the order of `routers_of`."""
+        biases = [router.e_score_correction_bias.tolist() for router in self._routers]
+        return {"args": {"update_rate": self.update_rate}, "attributes": {"router_bias": biases or None}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if not routers_of(model):
             raise ValueError(f"RouterBalanceCallback: {type(model).__name__} has no DeepseekV3TopkRouter to balance")
-        for router in routers_of(model):
+        self._routers = routers_of(model)
+        for router in self._routers:
             router.expert_load = None
+        self._resume(state, model)
         self._loads, self._steps = [], 0
+
+    def _resume(self, state: Any, model: Any) -> None:
+        if not state.global_step:
+            return  # what the state holds now is of whatever model this callback saw before
+        kept = state.stateful_callbacks.get(type(self).__name__, {})
+        kept = kept[0] if isinstance(kept, list) else kept
+        biases = kept.get("attributes", {}).get("router_bias")
+        if biases is not None:
+            _set_biases(model, biases, "trainer_state.json")
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         rate = model.config.router_bias_update_rate if self.update_rate is None else self.update_rate
