@@ -272,6 +272,7 @@ def test_random_damage_never_ends_in_a_traceback(made, tmp_path_factory, data):
     code = command("convert", folder, root / "out", "--to", "bf16", "--workers", 0, "--quiet")
     assert code in (0, 2) and (root / "out").exists() == (code == 0)
     assert command("inspect", folder) in (0, 1, 2)
+    assert command("verify", folder, made / "fp8", "--workers", 0) in (0, 1, 2)
     shutil.rmtree(root)
 
 
@@ -298,4 +299,22 @@ def test_any_config_is_answered(made, tmp_path_factory, values):
     code = command("convert", folder, root / "out", "--to", "bf16", "--workers", 0, "--quiet")
     assert code in (0, 2) and (root / "out").exists() == (code == 0)
     assert command("inspect", folder) in (0, 1, 2)
+    assert command("verify", folder, made / "fp8", "--workers", 0) in (0, 1, 2)
+    shutil.rmtree(root)
+
+
+@FEW
+@given(data=st.data())
+def test_no_changed_bit_of_a_weight_escapes_an_exact_comparison(made, tmp_path_factory, data):
+    root = tmp_path_factory.mktemp("flip")
+    original = made / data.draw(st.sampled_from(["fp8", "bf16"]))
+    folder = Path(shutil.copytree(original, root / "x"))
+    path = data.draw(st.sampled_from(sorted(folder.glob("*.safetensors"))))
+    raw = bytearray(path.read_bytes())
+    start = 8 + int.from_bytes(raw[:8], "little")
+    raw[data.draw(st.integers(start, len(raw) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    path.write_bytes(raw)
+    assert command("verify", folder, original, "--exact", "--workers", 0) == 1
+    code = command("convert", folder, root / "out", "--to", "inference", "--workers", 0, "--quiet")
+    assert code in (0, 2) and (root / "out").exists() == (code == 0)
     shutil.rmtree(root)

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,6 +33,15 @@ def add_to(value, row, column, amount):
     value = value.clone()
     value[row, column] += amount
     return value
+
+
+def put_byte(tensor, high):
+    """The last element a zero, its sign bit as in `high`."""
+    tensor = tensor.clone()
+    raw = tensor.view(torch.uint8).view(-1)
+    raw[-tensor.element_size() :] = 0
+    raw[-1] = high
+    return tensor
 
 
 DENSE = "model.layers.0.mlp.up_proj.weight"
@@ -106,6 +117,17 @@ def test_checksums_are_of_the_values_whatever_their_form(made, copy, capsys):
     assert command("verify", made / "bf16", folder, "--checksums", "--json", "--workers", 0) == 1
     found = json.loads(capsys.readouterr().out)["tensors"]
     assert found[DENSE]["status"] == "different" and found[DENSE]["checksums"] == rows[DENSE][2:]
+
+
+def test_the_sign_of_a_zero_is_a_difference(made, copy):
+    for name, found in (("bf16", "problems"), ("fp8", "rounded")):
+        sides = [copy(name), None]
+        change(sides[0], DENSE, lambda t: put_byte(t, 0))
+        sides[1] = Path(shutil.copytree(sides[0], sides[0].parent / f"{name}-negative"))
+        change(sides[1], DENSE, lambda t: put_byte(t, 0x80))
+        result = compare(*sides, workers=0, checksums=True)
+        assert list(getattr(result, found)) == [DENSE] and not result.agrees(exact=True)
+        assert len(set(result.tensors[DENSE].checksums)) == 2 and result.tensors[DENSE].error == 0
 
 
 def test_nan_differs_from_everything(made, copy):
