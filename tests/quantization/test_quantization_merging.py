@@ -81,6 +81,9 @@ def test_offloaded_modules_are_dequantised_and_stay_offloaded(where, fp8_folder,
     model.set_experts_implementation("eager")
     assert {name for name, parameter in model.named_parameters() if parameter.is_meta} == before
     assert isinstance(model.model.layers[1].mlp.experts, DeepseekV3Experts)
+    weights = model.model.layers[1].mlp.experts._hf_hook.weights_map.dataset
+    held = {*weights, *getattr(weights, "index", {}), *getattr(weights, "state_dict", {})}
+    assert held and not [name for name in held if name.endswith("_scale_inv")]
     with torch.no_grad():
         assert torch.equal(model(TOKENS).logits, plain(TOKENS).logits)
     if where == "cpu":
