@@ -3,11 +3,14 @@
 import argparse
 from typing import Any
 
+from .finetune_command import add_commands as add_finetune
+
 
 def add_commands(commands: Any) -> None:
     """Add the commands to an argparse sub-parser collection; each sets `func(args) -> int`."""
     _add_train(commands)
     _add_generate(commands)
+    add_finetune(commands)
     demo = commands.add_parser(
         "demo",
         help="train, save, load, complete and measure a small model on Python's standard library",

@@ -5,7 +5,10 @@ the fused experts, so that the dense and the shared MLPs can be named as paramet
 adapter there would move what the experts were balanced for.
 """
 
+from collections.abc import Sequence
 from typing import Any
+
+from torch import nn
 
 from ..configuration.layout import is_moe_layer
 
@@ -14,7 +17,7 @@ _EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 _MLP = ("gate_proj", "up_proj", "down_proj")
 
 
-def lora_target_modules(config: Any, preset: str = "attention") -> dict[str, list[str]]:
+def lora_target_modules(config: Any, preset: str = "attention") -> dict[str, Any]:
     """Targets for a plain `peft.LoraConfig`: `LoraConfig(r=16, **lora_target_modules(model.config, "all"))`.
 
     MTP modules are adapted with the layers. Where `target_parameters` is not empty, PEFT allows neither dropout nor
@@ -53,6 +56,35 @@ def lora_target_modules(config: Any, preset: str = "attention") -> dict[str, lis
         parameters += [f"{owner}.{name}.weight" for owner in owners for name in _MLP]
     joins = ["eh_proj"] if config.num_nextn_predict_layers else []
     return {"target_modules": attention + joins, "target_parameters": parameters}
+
+
+def named_targets(model: nn.Module, names: Sequence[str]) -> dict[str, Any]:
+    """What names of weights' ends mean, as `lora_target_modules` gives it.
+
+    Args:
+        model: the base.
+        names: ends of names of linear layers or of the experts' parameters, such as "o_proj", "shared_experts.up_proj"
+            or "experts.down_proj".
+
+    Raises:
+        ValueError: a name that matches nothing, or the router.
+    """
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    experts = [name for name, _ in model.named_parameters() if name.endswith(tuple(_EXPERTS))]
+    targets: dict[str, list[str]] = {"target_modules": [], "target_parameters": []}
+    for name in names:
+        matches = [[known for known in kind if f".{known}".endswith(f".{name}")] for kind in (linears, experts)]
+        if not any(matches):
+            known = sorted({known.rpartition(".")[2] for known in linears} | set(_EXPERTS))
+            raise ValueError(
+                f"the target {name!r} matches no linear layer and no experts. Choose among {', '.join(known)}, or a "
+                f"preset: {', '.join(PRESETS)}"
+            )
+        plain = name.rpartition(".")[2] not in _MLP
+        targets["target_modules"] += [name] if matches[0] and plain else []
+        targets["target_parameters"] += [f"{name}.weight"] if matches[0] and not plain else []
+        targets["target_parameters"] += [name] if matches[1] else []
+    return targets
 
 
 def _layers(config: Any) -> int:

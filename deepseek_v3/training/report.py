@@ -36,6 +36,14 @@ def plot_run(
     plt.close(figure)
 
 
+def plot_losses(path: str, history: list[dict[str, Any]]) -> None:
+    """Write a PNG of the loss curves in Trainer's `log_history`, with the balance callback's entries."""
+    figure, axis = plt.subplots(figsize=(7, 4.5), constrained_layout=True)
+    _losses(axis, history)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def _losses(axis: Any, history: list[dict[str, Any]]) -> None:
     rows = [entry for entry in history if "main_loss" in entry]
     steps = [entry["step"] for entry in rows]
