@@ -67,9 +67,14 @@ class LatentGenerationMixin(GenerationMixin):
         with replayed(self, cache, mask, prepared["generation_config"]):
             return super()._sample(input_ids, **prepared)  # type: ignore[misc]
 
-    def prepare_inputs_for_generation(self: Any, input_ids: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """As in transformers; a step that a graph replays takes what its rows see instead of a mask."""
-        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc]
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self: Any, input_ids: Any, *args: Any, inputs_embeds: Any = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """As in transformers; a step that a graph replays takes what its rows see instead of a mask.
+
+        transformers reads off these arguments' names that prompts may be given as `inputs_embeds`.
+        """
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)  # type: ignore[misc]
         cache = inputs.get("past_key_values")
         graphs, tokens = getattr(cache, "graphs", None), inputs.get("input_ids")
         if graphs is not None and tokens is not None:

@@ -173,8 +173,7 @@ class SpeculativeDecoder:
                 output_mtp_state=True,
                 output_hidden_states=self.recorder.hidden_states,
             )
-        accepted, following = self._verify(output.logits.float(), drafted, drawn)
-        self._keep(output, drafted, accepted, following)
+        self._keep(output, *self._verify(output.logits.float(), drafted, drawn))
 
     def _draft(self, drafts: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Drafts [B, k] and their distributions [B, k, V]."""
@@ -199,20 +198,22 @@ class SpeculativeDecoder:
 
     def _verify(
         self, logits: torch.Tensor, drafts: torch.Tensor, drawn: torch.Tensor | None
-    ) -> tuple[list[int], list[int]]:
-        """Drafts that each row accepts and the token that follows; finished rows accept nothing."""
+    ) -> tuple[list[list[int]], list[int], list[int]]:
+        """The drafts of each row, how many it accepts and the token that follows; finished rows accept nothing."""
         if self.scorer.vectorised:
             scores = self.scorer.all(logits.flatten(0, 1)).view_as(logits)
             if self.config.do_sample and drawn is None:
                 drawn = scores.new_zeros(len(drafts), 0, scores.shape[-1])
             accepted, following = accept(scores, drafts, drawn)
             self.recorder.scores(self.rows.index, [scores[i] for i in range(len(scores))])
-            return accepted.tolist(), following.tolist()
-        results = []
+            # The step's one read of the device.
+            settled = torch.cat((accepted[:, None], following[:, None], drafts), dim=1).tolist()
+            return [row[2:] for row in settled], [row[0] for row in settled], [row[1] for row in settled]
+        known, results = drafts.tolist(), []
         for i, row in enumerate(self.rows.index):
             own = None if drawn is None else drawn[i]
-            results.append((0, 0) if self.done[row] else self._verify_row(row, logits[i], drafts[i].tolist(), own))
-        return [kept for kept, _ in results], [token for _, token in results]
+            results.append((0, 0) if self.done[row] else self._verify_row(row, logits[i], known[i], own))
+        return known, [kept for kept, _ in results], [token for _, token in results]
 
     def _verify_row(
         self, row: int, logits: torch.Tensor, drafts: list[int], drawn: torch.Tensor | None
@@ -235,18 +236,18 @@ class SpeculativeDecoder:
     def _would_end(self, row: int, drafts: list[int]) -> bool:
         return self.stopper.ends_by_itself(drafts[-1], self.input_ids.shape[1] + len(self.new[row]) + len(drafts))
 
-    def _keep(self, output: Any, drafts: torch.Tensor, accepted: list[int], following: list[int]) -> None:
+    def _keep(self, output: Any, drafts: list[list[int]], accepted: list[int], following: list[int]) -> None:
         """Give every unfinished row its tokens, and move it on."""
-        kept, candidates = [], []
+        kept, candidates, count = [], [], len(drafts[0])
         took_part = [i for i, row in enumerate(self.rows.index) if not self.done[row]]
-        for i, (row, known) in enumerate(zip(self.rows.index, drafts.tolist(), strict=True)):
+        for i, (row, known) in enumerate(zip(self.rows.index, drafts, strict=True)):
             tokens = [*known[: accepted[i]], following[i]]
             kept.append(self._append(row, tokens) if i in took_part else 0)
-            candidates.append(tokens + [0] * (drafts.shape[1] + 1 - len(tokens)))
-        self.statistics.count([accepted[i] for i in took_part], [kept[i] for i in took_part], drafts.shape[1])
+            candidates.append([kept[-1], *tokens] + [0] * (count + 1 - len(tokens)))
+        self.statistics.count([accepted[i] for i in took_part], [kept[i] for i in took_part], count)
         self.recorder.step(self.rows.index, kept, output)
-        moved = torch.tensor(kept, device=self.rows.n.device)
-        following_tokens = torch.tensor(candidates, device=self.rows.n.device)
+        settled = torch.tensor(candidates, device=self.rows.n.device)
+        moved, following_tokens = settled[:, 0], settled[:, 1:]
         self.drafter.advance(output.mtp_state, following_tokens, moved)
         last = following_tokens.gather(1, (moved - 1).clamp(min=0)[:, None])[:, 0]
         self.chosen = torch.where(moved > 0, last, self.chosen)
