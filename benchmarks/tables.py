@@ -151,6 +151,34 @@ def mtp_machinery():
     )
 
 
+def train():
+    record = load("train-h200.json")
+    rows = []
+    for point in record["points"]:
+        ms, faster = point["ms"], point["faster_than"]
+        rows.append(
+            [
+                point["layer"],
+                f"{point['tokens']:,}",
+                f"{ms['native']:.1f}",
+                f"{ms['bf16']:.1f}",
+                f"{ms['fp8']:.1f}",
+                f"{faster['bf16']:.2f} x",
+                f"{faster['native']:.2f} x",
+                f"{point['floor_ms']['fp8'] / ms['fp8']:.0%}",
+                f"{point['activations_over_bf16']:.2f}",
+                f"{ms['fp8_quantising_weights'] - ms['fp8']:.1f}",
+            ]
+        )
+    columns = ["layer", "tokens", "transformers 5.23 ms", "ours BF16", "ours FP8", "over BF16", "over transformers"]
+    columns += ["of the floor", "activations over BF16", "weights to FP8, ms a step"]
+    return (
+        f"Forward and backward of one layer of DeepSeek-V3's true size, {machine(record)}; `python "
+        "benchmarks/train.py`. A micro-batch: the weights' codes are made once an optimizer step, which the last "
+        "column adds.\n\n" + markdown(columns, rows)
+    )
+
+
 def loss_memory():
     record = load("loss_memory-cpu.json")
     peak, logits = record["peak_mb"], record["logits_mb"]
@@ -165,6 +193,7 @@ def loss_memory():
 
 TABLES = {
     "mtp_machinery": mtp_machinery,
+    "train": train,
     "loss_memory": loss_memory,
     "layer": layer,
     "decode": decode,
