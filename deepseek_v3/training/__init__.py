@@ -4,11 +4,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .balance import RouterBalanceCallback, update_router_bias
-    from .fp8 import FP8Recipe, disable_fp8_training, enable_fp8_training
+    from .fp8 import AdamWBF16, FP8Recipe, FP8StatisticsCallback, disable_fp8_training, enable_fp8_training
     from .lora import lora_target_modules
 
 __all__ = [
+    "AdamWBF16",
     "FP8Recipe",
+    "FP8StatisticsCallback",
     "RouterBalanceCallback",
     "disable_fp8_training",
     "enable_fp8_training",
