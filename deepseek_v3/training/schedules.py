@@ -24,7 +24,7 @@ _LOW_ENDS = 14.633e12 / REPORT_TOKENS
 _LOW = 2.2e-5 / 2.2e-4
 _LOWEST = 7.3e-6 / 2.2e-4
 # 2,000 of the optimizer steps that 14.8T tokens make with the report's batch sizes.
-_WARMUP_SHARE = 2000 / 242_844
+_WARMUP_SHARE = 2000 / 242_783
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class ReportSchedule:
 
     Attributes:
         steps: optimizer steps of the whole run.
-        warmup_steps: of the learning rate; None takes the report's share, 2,000 of 242,844.
+        warmup_steps: of the learning rate; None takes the report's share, 2,000 of 242,783.
         batch_ramp: sequences a step; None is the same number in every step.
         bias_update_rates: gamma before and after 14.3T of 14.8T.
         mtp_loss_weights: lambda before and after 10T of 14.8T.

@@ -1,106 +1,189 @@
-"""The report's schedules against its published numbers, and Trainer under them: sizes, rates, exact resume."""
+"""The report's schedules against its published numbers, and a small Trainer run that follows and resumes them."""
+
+import math
+import shutil
 
 import pytest
 import torch
-from datasets import Dataset
-from transformers import TrainingArguments
+from datasets import Dataset, IterableDataset
+from transformers import TrainerCallback, TrainingArguments
 
-from deepseek_v3 import RouterBalanceCallback
+from deepseek_v3 import DeepseekV3ForCausalLM, RouterBalanceCallback
+from deepseek_v3.configuration import preset
 from deepseek_v3.training.scheduled_trainer import ScheduledTrainer
-from deepseek_v3.training.schedules import BatchRamp, ReportSchedule, StepBatches
-from twins import make_model
+from deepseek_v3.training.schedules import BatchRamp, ReportSchedule
 
-# Without a ramp a step of 148,000 is a tenth of a billion tokens.
-RUN = ReportSchedule(148_000, warmup_steps=20)
+RAMP = BatchRamp(3072, 15360, round(469e9 / 4096))
+STEPS = 242_783  # that 14.8T tokens take
+
+
+@pytest.fixture(scope="module")
+def report():
+    """The report's own run."""
+    return ReportSchedule(STEPS, batch_ramp=RAMP)
+
+
+def step_at(schedule, tokens):
+    """The first step that has seen so many tokens."""
+    seen = 0
+    for step, size in enumerate(schedule.sizes):
+        if seen >= tokens:
+            return step
+        seen += size * 4096
+    raise AssertionError(tokens)
+
+
+def test_batch_sizes_add_up_to_the_published_tokens(report):
+    assert sum(report.sizes) * 4096 == pytest.approx(14.8e12, rel=1e-5)
+    assert report.sizes[0] == 3072
+    assert report.sizes[-1] == 15360
+    assert report.sizes == sorted(report.sizes)
+    halfway = report.sizes[step_at(report, 469e9 / 2)]
+    assert halfway == pytest.approx((3072 + 15360) / 2, rel=1e-3)
+    # Linear in tokens: the size grows by exp, and 5 = 15360 / 3072.
+    assert report.sizes.index(15360) == pytest.approx(469e9 / (3072 * 4096) * math.log(5) / 4, rel=1e-3)
 
 
 @pytest.mark.parametrize(
-    "trillions, rate",
-    [(1, 2.2e-4), (9.99, 2.2e-4), (12.15, (2.2e-4 + 2.2e-5) / 2), (14.31, 2.2e-5), (14.62, 2.2e-5), (14.7, 7.3e-6)],
+    ("tokens", "rate"),
+    [
+        (0.1e12, 2.2e-4),
+        (9.999e12, 2.2e-4),
+        (12.15e12, (2.2e-4 + 2.2e-5) / 2),  # the middle of the 4.3T of cosine
+        (14.301e12, 2.2e-5),
+        (14.632e12, 2.2e-5),
+        (14.634e12, 7.3e-6),
+        (14.799e12, 7.3e-6),
+    ],
 )
-def test_the_learning_rate_is_the_published_one(trillions, rate):
-    assert 2.2e-4 * RUN.learning_rate_factor(round(trillions * 1e4)) == pytest.approx(rate, rel=1e-3)
+def test_learning_rate_at_published_counts(report, tokens, rate):
+    assert 2.2e-4 * report.learning_rate_factor(step_at(report, tokens)) == pytest.approx(rate, rel=1e-3)
 
 
-def test_warm_up_is_linear_and_rates_change_where_the_report_changed_them():
-    assert [RUN.learning_rate_factor(step) for step in (0, 5, 10, 20)] == [0, 0.25, 0.5, 1]
-    assert [RUN.bias_update_rate(step) for step in (0, 142_999, 143_001, 147_999)] == [0.001, 0.001, 0, 0]
-    assert [RUN.mtp_loss_weight(step) for step in (0, 99_999, 100_001)] == [0.3, 0.3, 0.1]
+def test_learning_rate_warms_up_over_2000_steps(report):
+    assert report.learning_rate_factor(0) == 0
+    assert report.learning_rate_factor(1000) == pytest.approx(0.5)
+    assert report.learning_rate_factor(2000) == 1.0
+    assert ReportSchedule(100, warmup_steps=10).learning_rate_factor(5) == 0.5
 
 
-def test_the_reports_ramp_takes_469_billion_tokens():
-    sizes = BatchRamp(3072, 15360, 114_501_953).sizes(20_000)
-    assert sizes[0] == 3072 and sizes[-1] == 15360 and sizes == sorted(sizes)
-    ramp = sum(size for size in sizes if size < 15360) * 4096
-    assert ramp == pytest.approx(469e9, rel=1e-3)
+@pytest.mark.parametrize(
+    ("tokens", "gamma", "weight"),
+    [(0, 0.001, 0.3), (9.999e12, 0.001, 0.3), (10.001e12, 0.001, 0.1), (14.299e12, 0.001, 0.1), (14.301e12, 0, 0.1)],
+)
+def test_gamma_and_lambda_at_published_counts(report, tokens, gamma, weight):
+    step = step_at(report, tokens)
+    assert report.bias_update_rate(step) == gamma
+    assert report.mtp_loss_weight(step) == weight
 
 
-def test_every_rank_draws_its_own_rows_and_no_row_twice_in_a_pass():
-    ranks = [list(StepBatches(24, [2, 4, 6, 12], seed=1, rank=rank, ranks=2)) for rank in (0, 1)]
-    assert [len(step) for step in ranks[0]] == [1, 2, 3, 6]
-    drawn = [row for steps in zip(*ranks, strict=True) for part in steps for row in part]
-    assert sorted(drawn) == list(range(24))
-    with pytest.raises(ValueError, match="multiple_of=2"):
-        StepBatches(24, [3], seed=0, rank=0, ranks=2)
+def test_a_run_without_a_ramp_has_the_same_shares():
+    schedule = ReportSchedule(1480)
+    assert [schedule.mtp_loss_weight(step) for step in (999, 1000)] == [0.3, 0.1]
+    assert [schedule.bias_update_rate(step) for step in (1429, 1430)] == [0.001, 0.0]
 
 
-def trainer(folder, steps=8, **more):
-    ramp = BatchRamp(2, 6, 16, multiple_of=2)
-    rows = torch.randint(3, 512, (40, 16), generator=torch.Generator().manual_seed(0)).tolist()
-    data = Dataset.from_dict({"input_ids": rows, "labels": rows})
-    arguments = TrainingArguments(
-        str(folder), max_steps=steps, per_device_train_batch_size=2, logging_steps=1, report_to=[], use_cpu=True,
-        save_strategy="steps", save_steps=1, disable_tqdm=True, learning_rate=1e-3, seed=3, **more,
-    )  # fmt: skip
-    schedule = ReportSchedule(steps, warmup_steps=2, batch_ramp=ramp)
-    return ScheduledTrainer(
-        model=make_model(), args=arguments, train_dataset=data, callbacks=[RouterBalanceCallback()], schedule=schedule
+def test_the_plain_scheduler_gives_the_factors():
+    schedule = ReportSchedule(30, warmup_steps=4)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
+    scheduler = schedule.lr_scheduler(optimizer)
+    for step in range(30):
+        assert optimizer.param_groups[0]["lr"] == 0.5 * schedule.learning_rate_factor(step)
+        optimizer.step()
+        scheduler.step()
+
+
+class Watcher(TrainerCallback):
+    """Rows of every forward, and gamma and lambda of every step."""
+
+    def __init__(self):
+        self.settings, self.rows = [], []
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        model.register_forward_pre_hook(
+            lambda module, args, kwargs: self.rows.append(kwargs["input_ids"].shape[0]), with_kwargs=True
+        )
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.settings.append((model.config.router_bias_update_rate, model.config.mtp_loss_weight, sum(self.rows)))
+        self.rows.clear()
+
+
+SCHEDULE = ReportSchedule(10, warmup_steps=2, batch_ramp=BatchRamp(2, 8, 20))
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    start = torch.randint(0, 57, (24, 1), generator=torch.Generator().manual_seed(1))
+    ids = (3 + (start + 5 * torch.arange(16)) % 57).tolist()
+    return Dataset.from_dict({"input_ids": ids, "labels": ids})
+
+
+def run(folder, dataset, schedule=SCHEDULE, resume=None, micro=3, **arguments):
+    torch.manual_seed(0)
+    model = DeepseekV3ForCausalLM(preset("tiny", vocab_size=64, num_hidden_layers=2))
+    defaults = {"max_steps": 10, "per_device_train_batch_size": micro, "learning_rate": 1e-2, "logging_steps": 1}
+    defaults |= {"save_steps": 1, "report_to": [], "use_cpu": True, "disable_tqdm": True}
+    watcher = Watcher()
+    trainer = ScheduledTrainer(
+        model=model,
+        args=TrainingArguments(output_dir=folder, **{**defaults, **arguments}),
+        train_dataset=dataset,
+        callbacks=[RouterBalanceCallback(), watcher],
+        schedule=schedule,
     )
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer, watcher
 
 
-def losses(history):
-    return [entry["loss"] for entry in history if "loss" in entry]
+def losses(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def test_a_run_follows_its_schedule_and_resumes_exactly_at_any_step(tmp_path):
-    whole = trainer(tmp_path / "whole")
-    before = whole.model.config.mtp_loss_weight
-    whole.train()
-    history = [entry for entry in whole.state.log_history if "loss" in entry]
-    schedule = whole.schedule
-    assert schedule.sizes[0] == 2 and schedule.sizes[-1] == 6
-    expected = [1e-3 * schedule.learning_rate_factor(step) for step in range(8)]
-    assert [entry["learning_rate"] for entry in history] == pytest.approx(expected)
-    assert whole.model.config.mtp_loss_weight == before
-    # The MTP loss weighs less in the last step, and the biases move by gamma.
-    first, last = history[0], history[-1]
-    for entry, weight in ((first, 0.3), (last, 0.1)):
-        total = entry["main_loss"] + weight * entry["mtp_loss"] + entry["balance_loss"]
-        assert entry["loss"] == pytest.approx(total, rel=1e-5)
-    moved = torch.tensor(last["router_bias"]) - torch.tensor(history[-2]["router_bias"])
-    assert set((moved.abs() * 1e3).round().flatten().tolist()) <= {0.0, 1.0} and moved.any()
-    for step in (3, 6):
-        again = trainer(tmp_path / f"from-{step}")
-        again.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
-        assert losses(again.state.log_history) == losses(whole.state.log_history)
-        for name, tensor in whole.model.state_dict().items():
-            assert torch.equal(again.model.state_dict()[name], tensor), name
+@pytest.fixture(scope="module")
+def whole(dataset, tmp_path_factory):
+    return run(tmp_path_factory.mktemp("whole"), dataset)
 
 
-def test_biases_stay_where_gamma_is_zero(tmp_path):
-    own = trainer(tmp_path, steps=2)
-    own.schedule = ReportSchedule(2, batch_ramp=own.schedule.batch_ramp, bias_update_rates=(0.0, 0.0))
-    own.callback_handler.callbacks[0].schedule = own.schedule
-    before = [gate.e_score_correction_bias.clone() for gate in own.model.model.routers().values()]
-    own.train()
-    after = [gate.e_score_correction_bias for gate in own.model.model.routers().values()]
-    assert all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
+def test_trainer_follows_the_schedule(whole):
+    trainer, watcher = whole
+    assert [rows for _, _, rows in watcher.settings] == SCHEDULE.sizes
+    assert SCHEDULE.sizes[0] == 2 and SCHEDULE.sizes[-1] == 8
+    expected = [(SCHEDULE.bias_update_rate(step), SCHEDULE.mtp_loss_weight(step)) for step in range(10)]
+    assert [setting[:2] for setting in watcher.settings] == expected
+    assert {weight for _, weight in expected} == {0.3, 0.1}
+    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry]
+    assert rates == pytest.approx([1e-2 * SCHEDULE.learning_rate_factor(step) for step in range(10)])
+    assert trainer.model.config.router_bias_update_rate == 0.001  # what the user set is back
+    assert trainer.model.config.mtp_loss_weight == 0.3
 
 
-def test_what_does_not_fit_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="gradient_accumulation_steps=1"):
-        trainer(tmp_path, gradient_accumulation_steps=2)
-    with pytest.raises(ValueError, match="a ramp rises"):
-        BatchRamp(8, 4, 10)
-    with pytest.raises(ValueError, match="at least 1"):
+@pytest.mark.parametrize("step", [1, 3, 4, 9])
+def test_resume_at_any_step_is_exact(step, whole, dataset, tmp_path):
+    checkpoint = shutil.copytree(f"{whole[0].args.output_dir}/checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+    resumed, _ = run(tmp_path, dataset, resume=str(checkpoint), save_strategy="no")
+    assert losses(resumed) == losses(whole[0])
+    state = whole[0].model.state_dict()
+    for name, tensor in resumed.model.state_dict().items():
+        assert torch.equal(tensor, state[name]), name
+
+
+def test_the_size_of_a_forward_changes_no_step(whole, dataset, tmp_path):
+    larger, watcher = run(tmp_path, dataset, micro=8, save_strategy="no")
+    assert losses(larger) == pytest.approx(losses(whole[0]), rel=1e-4)
+
+
+def test_wrong_use_is_refused(dataset, tmp_path):
+    with pytest.raises(ValueError, match="first = 8 exceeds last = 2"):
+        BatchRamp(8, 2, 10)
+    with pytest.raises(ValueError, match="multiple_of = 0"):
+        BatchRamp(1, 2, 10, multiple_of=0)
+    with pytest.raises(ValueError, match="steps = 0"):
         ReportSchedule(0)
+    with pytest.raises(ValueError, match="schedule has 10 steps and max_steps is 4"):
+        run(tmp_path, dataset, max_steps=4)
+    with pytest.raises(ValueError, match="set gradient_accumulation_steps=1"):
+        run(tmp_path, dataset, gradient_accumulation_steps=2)
+    stream = IterableDataset.from_generator(lambda: iter(dataset))
+    with pytest.raises(ValueError, match="a batch ramp needs data with a length"):
+        run(tmp_path, stream)
