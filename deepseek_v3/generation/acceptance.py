@@ -14,7 +14,16 @@ def choose(scores: torch.Tensor, sample: bool) -> tuple[torch.Tensor, torch.Tens
     if not sample:
         return scores.argmax(dim=-1), None
     distribution = torch.softmax(scores, dim=-1, dtype=torch.float32)
-    return torch.multinomial(distribution, num_samples=1)[:, 0], distribution
+    return draw(distribution), distribution
+
+
+def draw(distribution: torch.Tensor) -> torch.Tensor:
+    """One token [n] of each row of [n, V] weights, which need not add up to 1; made of launches alone.
+
+    The smallest of exponential variables of rates w is the i-th with probability w_i / sum(w): what
+    `torch.multinomial` does for one draw after it has read from the device whether the weights are valid.
+    """
+    return (distribution / torch.empty_like(distribution).exponential_()).argmax(dim=-1)
 
 
 def accept(
@@ -44,7 +53,7 @@ def accept(
     rows = torch.arange(len(drafts), device=drafts.device)
     follows = target[rows, accepted]
     drawn = torch.cat((drawn_from, torch.zeros_like(follows)[:, None]), dim=1)[rows, accepted]
-    return accepted, torch.multinomial(_residual(follows, drawn), num_samples=1)[:, 0]
+    return accepted, draw(_residual(follows, drawn))
 
 
 def accept_one(scores: torch.Tensor, draft: int, drawn_from: torch.Tensor | None) -> tuple[bool, int]:
@@ -55,7 +64,7 @@ def accept_one(scores: torch.Tensor, draft: int, drawn_from: torch.Tensor | None
     target = torch.softmax(scores, dim=-1, dtype=torch.float32)
     if torch.rand((), device=scores.device) * drawn_from[draft] < target[draft]:
         return True, draft
-    return False, int(torch.multinomial(_residual(target[None], drawn_from[None]), num_samples=1))
+    return False, int(draw(_residual(target[None], drawn_from[None])))
 
 
 def _residual(target: torch.Tensor, drawn_from: torch.Tensor) -> torch.Tensor:

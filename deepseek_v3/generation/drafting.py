@@ -5,6 +5,8 @@ first module's row i holds the state of token i and the embedding of token i + 1
 what it has been told. Before each draft the last rows of every module are run again with what is known now, which
 overwrites whatever earlier drafts left there.
 
+What a step changes lies in tensors that keep their place, so that a graph may replay the step on them.
+
 Letters: B rows, N window rows, D hidden, V vocabulary, k drafts.
 """
 
@@ -26,6 +28,7 @@ class Rows:
     Attributes:
         index: original row of each.
         n: [B] slot of the token that was chosen last and not processed yet.
+        chosen: [B] that token.
         prompt_end: [B] slot after the prompt's last token.
         stands: n, on the host.
         known_from: [B] first slot whose state was seen in this call; MTP rows before it stay as they are.
@@ -38,6 +41,7 @@ class Rows:
         self.prompt_mask, self.prompt_positions = prompt_mask, prompt_positions
         self.prompt_end = torch.where(prompt_mask, columns + 1, 0).amax(dim=1)
         self.n = self.prompt_end.clone()
+        self.chosen = torch.zeros_like(self.n)
         first = torch.where(prompt_mask, columns, prompt_mask.shape[1]).amin(dim=1)
         self.known_from = first.clamp(min=past)
         self.stands, self.known = torch.stack((self.n, self.known_from)).tolist()
@@ -45,13 +49,12 @@ class Rows:
     def select(self, keep: torch.Tensor) -> None:
         """Go on with the rows `keep` (positions among the present ones)."""
         self.index = [self.index[i] for i in keep.tolist()]
-        for name in ("n", "prompt_mask", "prompt_positions", "prompt_end", "known_from"):
+        for name in ("n", "chosen", "prompt_mask", "prompt_positions", "prompt_end", "known_from"):
             setattr(self, name, getattr(self, name)[keep])
         self.stands, self.known = ([values[i] for i in keep.tolist()] for values in (self.stands, self.known))
 
-    def move(self, moved: torch.Tensor, kept: list[int]) -> None:
-        """Every row chose so many tokens more, [B] on the device and the same on the host."""
-        self.n += moved
+    def count(self, kept: list[int]) -> None:
+        """Every row has so many tokens more, on the host; `Drafter.advance` moves what is on the device."""
         self.stands = [n + more for n, more in zip(self.stands, kept, strict=True)]
 
     def reach(self, offset: int, count: int) -> tuple[int, int]:
@@ -94,6 +97,9 @@ class Drafter:
         self.window = deepest + self.modules  # rows of each module that are run again
         self.embed = model.get_input_embeddings()
         self.states = self.embeddings = torch.empty(0)  # [B, window, D], of slots n - window .. n - 1 and one later
+        self.fresh = torch.empty(0)  # [B, deepest + 1, D], states of slots n .. n + deepest, not all of them valid
+        # [B, 1 + deepest + 1]: how many tokens a row was given beyond slot n and not moved on by, and the tokens.
+        self.settled = rows.n.new_zeros(len(rows.index), deepest + 2)
 
     def start(self, states: torch.Tensor, embeddings: torch.Tensor, past: int) -> None:
         """Run the modules over the prompt, as far as its tokens are known.
@@ -119,6 +125,7 @@ class Drafter:
             else:
                 _, previous = self._run(module, previous, embeds, queries)
         self.states, self.embeddings = self._tail(states, embeddings, past)
+        self.fresh = self.states.new_zeros(len(states), self.settled.shape[1] - 1, states.shape[2])
 
     def _tail(self, states: torch.Tensor, embeddings: torch.Tensor, past: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The last `window` states before each row's n, and the embeddings of the slots after them."""
@@ -185,19 +192,31 @@ class Drafter:
         with self.cache.rows(RowSlots(slots, end, low, extent)):
             return self.model.draft(module, previous, embeds, mask, positions, self.cache, "absorbed", spans)
 
-    def advance(self, states: torch.Tensor, tokens: torch.Tensor, kept: torch.Tensor) -> None:
-        """Take what a verification settled.
+    def reach(self, count: int) -> int:
+        """Slots that `draft(count)` takes at most."""
+        again = range(max(count - self.modules, 0))
+        ends = [self.rows.reach(-self.window, self.window), *(self.rows.reach(offset, 1) for offset in again)]
+        return max(extent for _, extent in ends)
 
-        Args:
-            states: [B, k + 1, D], `mtp_state` of slots n .. n + k.
-            tokens: [B, k + 1], tokens in slots n + 1 .. n + k + 1, right as far as they were kept.
-            kept: [B], how many of them each row keeps; 0 for a row that takes no part.
-        """
-        batch = torch.arange(len(states), device=states.device)[:, None]
-        shift = kept[:, None] + torch.arange(self.window, device=states.device)
-        self.states = torch.cat((self.states, states), dim=1)[batch, shift]
-        self.embeddings = torch.cat((self.embeddings, self.embed(tokens)), dim=1)[batch, shift]
+    def take(self, settled: list[list[int]]) -> None:
+        """Take what a verification settled: for each row how many tokens it keeps (0 for one that takes no part), and
+        k + 1 tokens from slot n + 1 on, right as far as they are kept."""
+        new = torch.tensor(settled)
+        self.settled[:, : new.shape[1]].copy_(new, non_blocking=True)
+
+    def advance(self) -> None:
+        """Move the rows on by what was taken; nothing where nothing was."""
+        rows, kept, tokens = self.rows, self.settled[:, 0], self.settled[:, 1:]
+        batch = torch.arange(len(tokens), device=tokens.device)[:, None]
+        shift = kept[:, None] + torch.arange(self.window, device=tokens.device)
+        self.states.copy_(torch.cat((self.states, self.fresh), dim=1)[batch, shift])
+        self.embeddings.copy_(torch.cat((self.embeddings, self.embed(tokens)), dim=1)[batch, shift])
+        last = tokens.gather(1, (kept - 1).clamp(min=0)[:, None])[:, 0]
+        rows.chosen.copy_(torch.where(kept > 0, last, rows.chosen))
+        rows.n.add_(kept)
+        kept.zero_()
 
     def select(self, keep: torch.Tensor) -> None:
         """Go on with some of the rows."""
-        self.states, self.embeddings = self.states[keep], self.embeddings[keep]
+        for name in ("states", "embeddings", "fresh", "settled"):
+            setattr(self, name, getattr(self, name)[keep])

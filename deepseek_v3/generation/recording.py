@@ -23,6 +23,7 @@ class Recorder:
         self._wants_scores = bool(wanted and config.output_scores)
         self._wants_logits = bool(wanted and config.output_logits)
         self.hidden_states = bool(wanted and config.output_hidden_states)
+        self.wanted = self._wants_scores or self._wants_logits or self.hidden_states
         self._scores: list[list[torch.Tensor]] = [[] for _ in range(rows)]
         self._pending: dict[int, torch.Tensor] = {}
         self._logits: list[list[torch.Tensor]] = [[] for _ in range(rows)]
@@ -42,7 +43,9 @@ class Recorder:
             self._prompt_states = hidden_states
 
     def step(self, rows: list[int], kept: list[int], output: Any) -> None:
-        """A verification: `kept` tokens of each of `rows`."""
+        """A verification: `kept` tokens of each of `rows`. Where nothing is wanted, `output` may be None."""
+        if not self.wanted:
+            return
         for i, (row, count) in enumerate(zip(rows, kept, strict=True)):
             if count == 0:
                 continue

@@ -27,6 +27,13 @@ _SCORES_ALONE: tuple[type, ...] = (
     processors.LogitNormalization,
     processors.SuppressTokensLogitsProcessor,
 )
+# Of these, the ones that never wait for the device.
+_LAUNCHES_ALONE: tuple[type, ...] = (
+    processors.TemperatureLogitsWarper,
+    processors.TopKLogitsWarper,
+    processors.TopPLogitsWarper,
+    processors.MinPLogitsWarper,
+)
 _RUNS_THE_MODEL: tuple[type, ...] = (processors.UnbatchedClassifierFreeGuidanceLogitsProcessor,)
 # Of transformers' own, these keep state or ask for the row's place in the batch.
 _OWN_STATE: tuple[type, ...] = (
@@ -55,6 +62,7 @@ class RowScorer:
             if isinstance(processor, _RUNS_THE_MODEL):
                 raise ValueError("use_mtp cannot be combined with guidance_scale, which runs the model on its own")
         self.vectorised = all(type(processor) in _SCORES_ALONE for processor in chain)
+        self.capturable = all(type(processor) in _LAUNCHES_ALONE for processor in chain)
         self.rows = rows
         self._shared: Any = chain
         self._stateless = all(_is_stateless(processor) for processor in chain)

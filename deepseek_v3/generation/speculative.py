@@ -16,6 +16,7 @@ from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 
 from ..modeling_deepseek_v3.cache import LatentCache, RowSlots
+from ..modeling_deepseek_v3.graphs import MOST_TOKENS
 from .acceptance import accept, accept_one, choose
 from .drafting import Drafter, Rows
 from .recording import Recorder
@@ -140,7 +141,7 @@ class SpeculativeDecoder:
         embeds[torch.arange(len(last), device=last.device), last + 1] = chosen
         for row, token in enumerate(first.tolist()):
             self._append(row, [token])
-        self.chosen = first
+        rows.chosen.copy_(first)
         self.drafter.start(output.mtp_state, embeds, self.past)
 
     def _first(self, logits: torch.Tensor) -> torch.Tensor:
@@ -154,9 +155,23 @@ class SpeculativeDecoder:
     # A step
 
     def _step(self, drafts: int) -> None:
+        graphs = self.cache.graphs
+        if graphs is not None and self.scorer.capturable and not self.recorder.wanted and drafts < MOST_TOKENS:
+            extent = max(max(self.rows.stands) + drafts + 1, self.drafter.reach(drafts))
+            kind = ("step", len(self.rows.index), drafts, self.config.do_sample, self.cache.mtp_start > 0)
+            settled = graphs.run(kind, self.cache.layers, extent, lambda: self._judge(*self._forward(drafts)[1:]), ())
+            self._keep(None, *_parted(settled))
+        else:
+            output, logits, drafted, drawn = self._forward(drafts)
+            self._keep(output, *self._verify(logits, drafted, drawn))
+
+    def _forward(self, drafts: int) -> tuple[Any, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Draft, and let the main model process the last token and the drafts: its output and its logits
+        [B, k + 1, V], the drafts [B, k] and their distributions."""
+        self.drafter.advance()
         rows = self.rows
         drafted, drawn = self._draft(drafts)
-        tokens = torch.cat((self.chosen[:, None], drafted), dim=1)  # [B, k + 1]
+        tokens = torch.cat((rows.chosen[:, None], drafted), dim=1)  # [B, k + 1]
         slots = rows.n[:, None] + torch.arange(drafts + 1, device=rows.n.device)
         low, extent = min(rows.stands) + drafts + 1, max(rows.stands) + drafts + 1
         graphs = self.cache.graphs
@@ -173,7 +188,8 @@ class SpeculativeDecoder:
                 output_mtp_state=True,
                 output_hidden_states=self.recorder.hidden_states,
             )
-        self._keep(output, *self._verify(output.logits.float(), drafted, drawn))
+        self.drafter.fresh[:, : drafts + 1].copy_(output.mtp_state)
+        return output, output.logits.float(), drafted, drawn
 
     def _draft(self, drafts: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Drafts [B, k] and their distributions [B, k, V]."""
@@ -201,19 +217,21 @@ class SpeculativeDecoder:
     ) -> tuple[list[list[int]], list[int], list[int]]:
         """The drafts of each row, how many it accepts and the token that follows; finished rows accept nothing."""
         if self.scorer.vectorised:
-            scores = self.scorer.all(logits.flatten(0, 1)).view_as(logits)
-            if self.config.do_sample and drawn is None:
-                drawn = scores.new_zeros(len(drafts), 0, scores.shape[-1])
-            accepted, following = accept(scores, drafts, drawn)
-            self.recorder.scores(self.rows.index, [scores[i] for i in range(len(scores))])
-            # The step's one read of the device.
-            settled = torch.cat((accepted[:, None], following[:, None], drafts), dim=1).tolist()
-            return [row[2:] for row in settled], [row[0] for row in settled], [row[1] for row in settled]
+            return _parted(self._judge(logits, drafts, drawn))
         known, results = drafts.tolist(), []
         for i, row in enumerate(self.rows.index):
             own = None if drawn is None else drawn[i]
             results.append((0, 0) if self.done[row] else self._verify_row(row, logits[i], known[i], own))
         return known, [kept for kept, _ in results], [token for _, token in results]
+
+    def _judge(self, logits: torch.Tensor, drafts: torch.Tensor, drawn: torch.Tensor | None) -> torch.Tensor:
+        """[B, 2 + k] of launches alone: drafts accepted, the token that follows them, and the drafts."""
+        scores = self.scorer.all(logits.flatten(0, 1)).view_as(logits)
+        if self.config.do_sample and drawn is None:
+            drawn = scores.new_zeros(len(drafts), 0, scores.shape[-1])
+        accepted, following = accept(scores, drafts, drawn)
+        self.recorder.scores(self.rows.index, list(scores))
+        return torch.cat((accepted[:, None], following[:, None], drafts), dim=1)
 
     def _verify_row(
         self, row: int, logits: torch.Tensor, drafts: list[int], drawn: torch.Tensor | None
@@ -246,12 +264,8 @@ class SpeculativeDecoder:
             candidates.append([kept[-1], *tokens] + [0] * (count + 1 - len(tokens)))
         self.statistics.count([accepted[i] for i in took_part], [kept[i] for i in took_part], count)
         self.recorder.step(self.rows.index, kept, output)
-        settled = torch.tensor(candidates, device=self.rows.n.device)
-        moved, following_tokens = settled[:, 0], settled[:, 1:]
-        self.drafter.advance(output.mtp_state, following_tokens, moved)
-        last = following_tokens.gather(1, (moved - 1).clamp(min=0)[:, None])[:, 0]
-        self.chosen = torch.where(moved > 0, last, self.chosen)
-        self.rows.move(moved, kept)
+        self.drafter.take(candidates)
+        self.rows.count(kept)
 
     # The end
 
@@ -263,7 +277,6 @@ class SpeculativeDecoder:
         keep = torch.tensor(alive, device=self.rows.n.device)
         self.rows.select(keep)
         self.drafter.select(keep)
-        self.chosen = self.chosen[keep]
         self.cache.batch_select_indices(keep)
         if self.cache.graphs is not None:
             self.cache.graphs.select(keep)
@@ -288,5 +301,12 @@ class SpeculativeDecoder:
 
     def _settle(self) -> None:
         """Leave the cache as a later call expects it: every module's rows up to date, no slot beyond the tokens."""
+        self.drafter.advance()
         self.drafter.draft(1, lambda drafts, logits: choose(logits, sample=False))
         self.cache.settle(max(self.rows.stands))
+
+
+def _parted(settled: torch.Tensor) -> tuple[list[list[int]], list[int], list[int]]:
+    """`_judge`'s result on the host, the step's one read of the device: drafts, how many count, what follows them."""
+    rows = settled.tolist()
+    return [row[2:] for row in rows], [row[0] for row in rows], [row[1] for row in rows]

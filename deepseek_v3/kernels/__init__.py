@@ -10,6 +10,7 @@ from .fp8 import fp8_gemm
 from .fp8_training import retile, swiglu_backward
 from .grouped import grouped_gemm, grouped_wgrad
 from .grouped_fp8 import grouped_fp8_gemm, grouped_fp8_wgrad, quantize_grouped_transposed
+from .heads import join_keys, rotate_queries
 from .mla import mla_decode
 from .norm import rms_norm, rotate, write_latents
 from .permute import combine_pairs, gather_pairs, route, sort_pairs
@@ -37,6 +38,7 @@ __all__ = [
     "grouped_fp8_wgrad",
     "grouped_gemm",
     "grouped_wgrad",
+    "join_keys",
     "mla_decode",
     "pack_e5m6",
     "quantize_activation",
@@ -47,6 +49,7 @@ __all__ = [
     "retile",
     "rms_norm",
     "rotate",
+    "rotate_queries",
     "route",
     "sort_pairs",
     "swiglu_backward",

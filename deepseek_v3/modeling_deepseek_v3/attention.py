@@ -16,7 +16,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..kernels import mla_decode, rotate, write_latents
+from ..kernels import join_keys, mla_decode, rotate, rotate_queries, write_latents
 from ..quantization import FP8Linear
 from .cache import Extension, joint_latents
 from .layers import DeepseekV3RMSNorm
@@ -243,21 +243,21 @@ class DeepseekV3Attention(nn.Module):
         """
         if mla_spans is not None and mla_spans.extension is not None and is_bare(self.kv_a_layernorm):
             return self._decode(hidden_states, position_embeddings, past_key_values, mla_spans), None
-        query = self._rotated(self._project_query(hidden_states), position_embeddings)
+        query = self._project_query(hidden_states)
         latents = self._latents(self.kv_a_proj_with_mqa(hidden_states), position_embeddings)
         if past_key_values is not None:
             latents = past_key_values.update(*latents, self.layer_idx)
         if mla_form == "absorbed":
             joint = joint_latents(past_key_values, self.layer_idx, latents)
-            weight = effective_weight(self.kv_b_proj, joint)
+            weight, split = effective_weight(self.kv_b_proj, joint), self._rotated(query, position_embeddings)
             if mla_spans is not None:
-                output = fused_absorbed_attention(query, joint, weight, mla_spans, self.scaling)
+                output = fused_absorbed_attention(split, joint, weight, mla_spans, self.scaling)
                 return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), None
             dropout = self.attention_dropout if self.training else 0.0
-            output, weights = absorbed_attention(query, joint, weight, attention_mask, self.scaling, dropout)
+            output, weights = absorbed_attention(split, joint, weight, attention_mask, self.scaling, dropout)
             shown = weights if self.config._attn_implementation == "eager" else None
         else:
-            output, shown = self._attend(*self._heads(query, latents), attention_mask, **kwargs)
+            output, shown = self._attend(*self._heads(query, latents, position_embeddings), attention_mask, **kwargs)
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), shown
 
     def _decode(
@@ -301,15 +301,17 @@ class DeepseekV3Attention(nn.Module):
         latent = self.kv_a_layernorm(latent)[:, None]  # [B, 1, T, C]
         return latent, apply_rope(rope[:, None], *angles, self._interleave)  # [B, 1, T, R]
 
-    def _heads(self, query: Any, latents: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Every head's query [B, H, T, N + R], key [B, H, S, N + R] and value [B, H, S, V]."""
+    def _heads(
+        self, query: torch.Tensor, latents: Any, angles: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Every head's rotated query [B, H, T, N + R], key [B, H, S, N + R] and value [B, H, S, V], from queries that
+        are not rotated yet."""
         nope, _, value = self._split
         latent, k_rope = latents
-        batch, _, keys, _ = latent.shape
-        expanded = self.kv_b_proj(latent[:, 0]).view(batch, keys, -1, nope + value).transpose(1, 2)
-        k_nope, v = expanded.split((nope, value), dim=-1)
-        k = torch.cat((k_nope, k_rope.expand(-1, k_nope.shape[1], -1, -1)), dim=-1)
-        return torch.cat(query, dim=-1), k, v
+        expanded = self.kv_b_proj(latent[:, 0]).view(*latent[:, 0].shape[:2], -1, nope + value)
+        k, v = join_keys(expanded, k_rope[:, 0], nope)
+        q = rotate_queries(query.transpose(1, 2), *angles, interleave=self._interleave)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def _attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attention_mask: Any, **kwargs: Any

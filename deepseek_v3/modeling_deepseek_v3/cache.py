@@ -136,10 +136,14 @@ class LatentLayer(CacheLayerMixin):
     def extend(self, extension: Extension) -> torch.Tensor:
         """Count new tokens whose slots the caller fills; return the view [B, S + T, C + R] to write them into."""
         assert extension.extent is not None
-        self._reserve(extension.extent)
-        self._length = extension.extent
+        self.count(extension.extent)
         assert self._storage is not None
         return self._storage[:, 0] if extension.whole else self.joint()
+
+    def count(self, extent: int) -> None:
+        """Make room for `extent` tokens and count them all, whatever their slots hold."""
+        self._reserve(extent)
+        self._length = extent
 
     @property
     def address(self) -> int:

@@ -91,7 +91,7 @@ class DeepseekV3MTPLayer(DeepseekV3DecoderLayer):
         self.shared_head = DeepseekV3SharedHead(config)
 
     def forward(  # type: ignore[override]
-        self, previous: torch.Tensor, inputs_embeds: torch.Tensor, *args: Any, **kwargs: Any
+        self, previous: torch.Tensor, inputs_embeds: torch.Tensor, *args: Any, normed: bool = False, **kwargs: Any
     ) -> LayerOutput:
         """Run the module; the result is the residual stream before `shared_head.norm`.
 
@@ -99,10 +99,16 @@ class DeepseekV3MTPLayer(DeepseekV3DecoderLayer):
             previous: [B, T, D], the previous depth's states; row i stands for token i.
             inputs_embeds: [B, T, D], row i the embedding of the token that this depth looks at from there.
             args, kwargs: as of `DeepseekV3DecoderLayer.forward`.
+            normed: give the residual stream, the same after `shared_head.norm`, and the load (None unless
+                `router_statistics`). Where the weights are sharded, they are whole in here alone.
         """
         halves = (self.enorm(inputs_embeds), self.hnorm(previous))
         joined = torch.cat(halves[::-1] if self.hidden_states_first else halves, dim=-1)
-        return super().forward(self.eh_proj(joined), *args, **kwargs)
+        output = super().forward(self.eh_proj(joined), *args, **kwargs)
+        if not normed:
+            return output
+        residual, _, load = output if isinstance(output, tuple) else (output, None, None)
+        return residual, self.shared_head.norm(residual), load
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest: Any) -> None:
         # The official files store the embedding and the head again here; by definition they are the main model's.

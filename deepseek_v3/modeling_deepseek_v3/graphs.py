@@ -44,6 +44,7 @@ class DecodeGraphs:
         self.starts, self.compiled = starts, compiled
         self._steps: dict[Any, tuple[Tensors, Callable[[], torch.Tensor]]] = {}
         self._pool: Any = None
+        self._inside = False  # of a function that is run or captured as a whole
 
     def select(self, keep: torch.Tensor) -> None:
         """Go on with the rows `keep` of the batch."""
@@ -73,21 +74,35 @@ class DecodeGraphs:
         self,
         name: Any,
         layers: list[LatentLayer],
-        extension: Extension,
+        extent: int,
         function: Callable[..., torch.Tensor],
         inputs: Tensors,
     ) -> torch.Tensor:
         """`function(*inputs)`, replayed from the second time on that these names and shapes are seen.
 
+        Functions nest: what the outermost one runs becomes part of its graph.
+
         Args:
             name: tells functions apart.
             layers: the cache's layers that the function writes to.
-            extension: what it writes there.
+            extent: how many slots of theirs then hold something.
             function: made of launches alone; it may read nothing from the device.
-            inputs: all that differs from step to step, or None.
+            inputs: all tensors that differ from step to step, or None; not those that keep their place, which the
+                function may change.
         """
+        if self._inside:
+            return function(*inputs)
         for layer in layers:
-            layer.extend(extension)
+            layer.count(extent)
+        self._inside = True
+        try:
+            return self._run(name, layers, function, inputs)
+        finally:
+            self._inside = False
+
+    def _run(
+        self, name: Any, layers: list[LatentLayer], function: Callable[..., torch.Tensor], inputs: Tensors
+    ) -> torch.Tensor:
         kind = (name, tuple(None if tensor is None else tensor.shape for tensor in inputs))
         if kind not in self.compiled:  # which no capture may do
             self.compiled.add(kind)

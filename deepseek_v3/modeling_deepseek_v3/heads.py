@@ -128,8 +128,8 @@ class DeepseekV3ForCausalLM(DeepseekV3PreTrainedModel, LatentGenerationMixin):
         """
         layer = self.model.mtp_layers[module]
         kwargs = {"past_key_values": past_key_values, "mla_form": mla_form, "mla_spans": mla_spans}
-        residual = run_depth(self.model, layer, previous, inputs_embeds, attention_mask, position_ids, **kwargs)
-        normed = layer.shared_head.norm(residual)
+        states = run_depth(self.model, layer, previous, inputs_embeds, attention_mask, position_ids, **kwargs)
+        residual, normed = states
         return normed, residual if self.config.mtp_hidden_state == "pre_norm" else normed
 
     def _mtp_input(self, outputs: DeepseekV3ModelOutput) -> Any:

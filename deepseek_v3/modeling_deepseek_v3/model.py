@@ -195,7 +195,7 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel):
         assert extension is not None
         written = cache.layers[: self.config.num_hidden_layers]
         where = (extension.slots, spans.starts)
-        return cache.graphs.run("main", written, extension, layers, (embeds, positions, *where))
+        return cache.graphs.run("main", written, extension.extent, layers, (embeds, positions, *where))
 
     def run_layers(
         self, hidden_states: torch.Tensor, wanted: bool, token_mask: torch.Tensor | None, **kwargs: Any

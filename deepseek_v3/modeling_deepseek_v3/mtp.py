@@ -44,7 +44,7 @@ def mtp_hidden_states(
         rows = length - depth
         if rows < 1:
             break
-        residual = run_depth(
+        residual, normed = run_depth(
             model,
             layer,
             hidden_states[:, :rows],
@@ -53,7 +53,6 @@ def mtp_hidden_states(
             position_ids[:, :rows],  # type: ignore[index]
             **kwargs,
         )
-        normed = layer.shared_head.norm(residual)
         states.append(normed)
         hidden_states = residual if model.config.mtp_hidden_state == "pre_norm" else normed
     return states
@@ -67,18 +66,20 @@ def run_depth(
     attention_mask: torch.Tensor | None,
     position_ids: torch.Tensor,
     **kwargs: Any,
-) -> torch.Tensor:
-    """One MTP module over [B, T, D] states and embeddings: the residual stream before `shared_head.norm`."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One MTP module over [B, T, D] states and embeddings: the residual stream before and after `shared_head.norm`."""
     step = kwargs.pop("mla_spans", None)
     if step is not None:
-        return _depth_step(model, layer, (previous, inputs_embeds, position_ids), kwargs["past_key_values"], step)
+        residual = _depth_step(model, layer, (previous, inputs_embeds, position_ids), kwargs["past_key_values"], step)
+        return residual, layer.shared_head.norm(residual)
     past_key_values, layer_idx = kwargs.get("past_key_values"), layer.self_attn.layer_idx
     form, mask, spans = model.mask(
         previous, attention_mask, position_ids, past_key_values, layer_idx=layer_idx, form=kwargs.pop("mla_form", None)
     )
-    output = layer(
+    residual, normed, load = layer(
         previous,
         inputs_embeds,
+        normed=True,
         position_embeddings=model.rotary_emb(previous, position_ids),
         attention_mask=mask,
         mla_form=form,
@@ -87,11 +88,9 @@ def run_depth(
         token_mask=None if attention_mask is None or attention_mask.dim() != 2 else attention_mask.bool(),
         **kwargs,
     )
-    if not model.training:
-        return output
-    residual, _, load = output
-    layer.mlp.gate.count(load)
-    return residual
+    if model.training:
+        layer.mlp.gate.count(load)
+    return residual, normed
 
 
 def _depth_step(
@@ -113,7 +112,7 @@ def _depth_step(
         return layer(previous, embeds, mla_form="absorbed", mla_spans=spans, **kwargs)
 
     where = (extension.slots, spans.starts)
-    return cache.graphs.run(index, [cache.layers[index]], extension, run, (*rows, *where))
+    return cache.graphs.run(index, [cache.layers[index]], extension.extent, run, (*rows, *where))
 
 
 def mtp_loss(

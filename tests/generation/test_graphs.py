@@ -21,6 +21,7 @@ class Recomputed(graphs.DecodeGraphs):
         self.log["captures"] += 1
 
         def replay():
+            assert self._inside
             self.log["replays"] += 1
             layers = self.cache.layers
             lengths = [layer.get_seq_length() for layer in layers]

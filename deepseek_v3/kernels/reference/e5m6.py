@@ -42,4 +42,4 @@ def unpack_e5m6(high, low, scale, width, dtype):
     magnitude = code & 0x7FF
     normal = ((magnitude + BIAS) << 17).view(torch.float32)
     value = torch.where(magnitude < 64, magnitude.float() * 2.0**-20, normal) * scale[..., None]
-    return torch.where(code >> 11 == 1, -value, value).flatten(1)[:, :width].to(dtype)
+    return torch.where(code >> 11 == 1, -value, value).flatten(1)[:, :width].to(dtype).contiguous()

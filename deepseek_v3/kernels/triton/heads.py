@@ -1,0 +1,98 @@
+"""Kernels that lay out queries, keys and values for expanded attention; a program takes some heads of one token.
+
+Deterministic: the gradient of the shared key part is summed over the heads by one program, in order.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def move(source, target, mask):
+    """Copy lanes, to the target's dtype."""
+    tl.store(target, tl.load(source, mask=mask, other=0.0).to(target.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def rotate_heads(
+    q, cos, sin, out, heads, tokens, nope, half, q_b, q_t, q_h, cos_b, cos_t,
+    INTERLEAVE: tl.constexpr, BACK: tl.constexpr, HEADS: tl.constexpr, NOPE: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """HEADS heads of one token of out [B, T, H, nope + 2 half]. BACK: the gradient, which turns the other way."""
+    t = tl.program_id(0).to(tl.int64)
+    b = tl.program_id(2).to(tl.int64)
+    h = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    live = (h < heads)[:, None]
+    source = q + b * q_b + t * q_t + h.to(tl.int64)[:, None] * q_h
+    target = out + ((b * tokens + t) * heads + h)[:, None] * (nope + 2 * half)
+    col = tl.arange(0, NOPE)[None, :]
+    move(source + col, target + col, live & (col < nope))
+    lane = tl.arange(0, HALF)
+    place = b * cos_b + t * cos_t + lane
+    c = tl.load(cos + place, mask=lane < half, other=0.0).to(tl.float32)[None, :]
+    s = tl.load(sin + place, mask=lane < half, other=0.0).to(tl.float32)[None, :]
+    mask = live & (lane < half)[None, :]
+    # Where the first and the second of a pair lie before the rotation, and after it.
+    pair = nope + (2 * lane if INTERLEAVE else lane)[None, :]
+    mate = nope + (2 * lane + 1 if INTERLEAVE else lane + half)[None, :]
+    front = nope + lane[None, :]
+    rear = front + half
+    dtype: tl.constexpr = out.dtype.element_ty
+    if BACK:
+        first = tl.load(source + front, mask=mask, other=0.0).to(tl.float32)
+        second = tl.load(source + rear, mask=mask, other=0.0).to(tl.float32)
+        tl.store(target + pair, (first * c + second * s).to(dtype), mask=mask)
+        tl.store(target + mate, (second * c - first * s).to(dtype), mask=mask)
+    else:
+        first = tl.load(source + pair, mask=mask, other=0.0).to(tl.float32)
+        second = tl.load(source + mate, mask=mask, other=0.0).to(tl.float32)
+        tl.store(target + front, (first * c - second * s).to(dtype), mask=mask)
+        tl.store(target + rear, (second * c + first * s).to(dtype), mask=mask)
+
+
+@triton.jit
+def join_heads(
+    kv, rope, k, v, heads, tokens, nope, width, value, kv_b, kv_t, kv_h, rope_b, rope_t,
+    HEADS: tl.constexpr, NOPE: tl.constexpr, WIDTH: tl.constexpr, VALUE: tl.constexpr,
+):  # fmt: skip
+    """HEADS heads of one token: k [B, S, H, nope + width] and v [B, S, H, value]; width is the shared part's."""
+    t = tl.program_id(0).to(tl.int64)
+    b = tl.program_id(2).to(tl.int64)
+    h = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    live = (h < heads)[:, None]
+    source = kv + b * kv_b + t * kv_t + h.to(tl.int64)[:, None] * kv_h
+    row = ((b * tokens + t) * heads + h)[:, None]
+    target = k + row * (nope + width)
+    col = tl.arange(0, NOPE)[None, :]
+    move(source + col, target + col, live & (col < nope))
+    lane = tl.arange(0, WIDTH)
+    shared = tl.load(rope + b * rope_b + t * rope_t + lane, mask=lane < width, other=0.0)
+    tl.store(target + nope + lane[None, :], shared[None, :] + tl.zeros([HEADS, WIDTH], k.dtype.element_ty),
+             mask=live & (lane < width)[None, :])  # fmt: skip
+    col = tl.arange(0, VALUE)[None, :]
+    move(source + nope + col, v + row * value + col, live & (col < value))
+
+
+@triton.jit
+def split_heads(
+    grad_k, grad_v, kv, rope, heads, tokens, nope, width, value, k_b, k_t, k_h, v_b, v_t, v_h,
+    HEADS: tl.constexpr, NOPE: tl.constexpr, WIDTH: tl.constexpr, VALUE: tl.constexpr,
+):  # fmt: skip
+    """All heads of one token: gradients kv [B, S, H, nope + value], and rope [B, S, width] summed over the heads."""
+    t = tl.program_id(0).to(tl.int64)
+    b = tl.program_id(1).to(tl.int64)
+    lane = tl.arange(0, WIDTH)
+    total = tl.zeros([WIDTH], tl.float32)
+    for start in range(0, heads, HEADS):
+        h = start + tl.arange(0, HEADS)
+        live = (h < heads)[:, None]
+        of_k = grad_k + b * k_b + t * k_t + h.to(tl.int64)[:, None] * k_h
+        of_v = grad_v + b * v_b + t * v_t + h.to(tl.int64)[:, None] * v_h
+        target = kv + ((b * tokens + t) * heads + h)[:, None] * (nope + value)
+        col = tl.arange(0, NOPE)[None, :]
+        move(of_k + col, target + col, live & (col < nope))
+        col = tl.arange(0, VALUE)[None, :]
+        move(of_v + col, target + nope + col, live & (col < value))
+        part = tl.load(of_k + nope + lane[None, :], mask=live & (lane < width)[None, :], other=0.0)
+        total += tl.sum(part.to(tl.float32), 0)
+    tl.store(rope + (b * tokens + t) * width + lane, total.to(rope.dtype.element_ty), mask=lane < width)
