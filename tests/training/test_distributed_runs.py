@@ -1,0 +1,96 @@
+"""Two processes against one: DDP and FSDP2 under Trainer, the routers' balance and MTP included, saved and resumed."""
+
+import json
+import os
+import subprocess
+import sys
+
+import distributed_worker as worker
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from deepseek_v3.configuration import preset
+from deepseek_v3.conversion import write_checkpoint
+from deepseek_v3.training.balance import routers_of
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    write_checkpoint(preset("tiny", vocab_size=64), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(base, tmp_path_factory):
+    """kind -> trainer and what it knows, of one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    return {kind: worker.run(folder / kind, worker.make(kind, base)) for kind in ("full", "lora", "fp8")}
+
+
+@pytest.fixture(scope="module", params=["ddp", "fsdp2"])
+def launched(request, base, tmp_path_factory):
+    """The folder of a launch of two processes, and what its ranks know."""
+    folder = tmp_path_factory.mktemp(request.param)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
+    command = [*launcher, "--rdzv-endpoint", "localhost:0", worker.__file__, str(folder), str(base), request.param]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return request.param, folder, [json.loads((folder / f"rank{i}.json").read_text()) for i in range(2)]
+
+
+def assert_like_one_process(ranks, expected, kind):
+    assert ranks[0][kind]["biases"] == ranks[1][kind]["biases"]
+    for rank in ranks:
+        for name in ("loss", "main_loss", "mtp_loss"):
+            assert rank[kind][name] == pytest.approx(expected[name], rel=1e-5), name
+        torch.testing.assert_close(torch.tensor(rank[kind]["expert_load"]), torch.tensor(expected["expert_load"]))
+        torch.testing.assert_close(torch.tensor(rank[kind]["biases"]), torch.tensor(expected["biases"]))
+    assert torch.tensor(expected["biases"]).abs().max() > 0.015
+    assert min(expected["mtp_loss"]) > 3
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_losses_and_balance_are_those_of_one_process(kind, launched, alone):
+    how, _, ranks = launched
+    trainer, expected = alone[kind]
+    assert_like_one_process(ranks, expected, kind)
+    every = {name for name, _ in trainer.model.named_parameters()}
+    assert set(ranks[1][kind]["sharded"]) == (every if how == "fsdp2" else set())
+
+
+def test_adapters_over_sharded_fp8_codes(launched, alone):
+    how, _, ranks = launched
+    if how == "fsdp2":
+        assert_like_one_process(ranks, alone["fp8"][1], "fp8")
+        assert sum(name.endswith("_scale_inv") for name in ranks[0]["fp8"]["sharded"]) > 30
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_resumed_run_is_the_uninterrupted_one(kind, launched):
+    _, _, ranks = launched
+    for rank in ranks:
+        for name in ("loss", "mtp_loss", "router_bias"):
+            assert rank[f"{kind} resumed"][name][-1] == rank[kind][name][-1], name
+        assert len(rank[f"{kind} resumed"]["loss"]) == 3  # two of them from the checkpoint's state
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_what_is_saved_is_what_was_trained(kind, launched, alone, tmp_path):
+    _, folder, ranks = launched
+    if kind == "full":
+        model = AutoModelForCausalLM.from_pretrained(folder / kind / "final")
+    else:
+        model = PeftModel.from_pretrained(worker.make("full", None), folder / kind / "final")
+        # An adapter's files hold no biases.
+        for router, bias in zip(routers_of(model), ranks[0][kind]["biases"], strict=True):
+            router.e_score_correction_bias.copy_(torch.tensor(bias))
+    loaded = worker.trainer_of(tmp_path, model).evaluate()["eval_loss"]
+    before = worker.trainer_of(tmp_path, worker.make(kind, None)).evaluate()["eval_loss"]
+    assert before > loaded + 0.03
+    for rank in ranks:
+        assert rank[kind]["eval_loss"] == pytest.approx(loaded, rel=1e-6)
+    assert alone[kind][0].evaluate()["eval_loss"] == pytest.approx(loaded, rel=1e-5)
