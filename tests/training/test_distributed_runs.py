@@ -1,5 +1,6 @@
-"""Two processes against one: DDP and FSDP2 under Trainer, the routers' balance and MTP included, saved and resumed."""
+"""Two processes against one: DDP, FSDP2 and (where DeepSpeed is installed) ZeRO-3 under Trainer, saved and resumed."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -11,32 +12,31 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from deepseek_v3.configuration import preset
-from deepseek_v3.conversion import write_checkpoint
 from deepseek_v3.training.balance import routers_of
 
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base")
-    write_checkpoint(preset("tiny", vocab_size=64), folder)
-    return folder
+HOW = ["ddp", "fsdp2", *(["zero3"] if importlib.util.find_spec("deepspeed") else [])]
 
 
 @pytest.fixture(scope="module")
-def alone(base, tmp_path_factory):
+def bases(tmp_path_factory):
+    return worker.write_bases(tmp_path_factory.mktemp("bases"))
+
+
+@pytest.fixture(scope="module")
+def alone(bases, tmp_path_factory):
     """kind -> trainer and what it knows, of one process."""
     folder = tmp_path_factory.mktemp("alone")
-    return {kind: worker.run(folder / kind, worker.make(kind, base)) for kind in ("full", "lora", "fp8")}
+    kinds = ("full", "lora", "fp8")
+    return {kind: worker.run(folder / kind, lambda kind=kind: worker.make(kind, bases)) for kind in kinds}
 
 
-@pytest.fixture(scope="module", params=["ddp", "fsdp2"])
-def launched(request, base, tmp_path_factory):
-    """The folder of a launch of two processes, and what its ranks know."""
+@pytest.fixture(scope="module", params=HOW)
+def launched(request, bases, tmp_path_factory):
+    """How two processes were launched, their folder, and what each knows."""
     folder = tmp_path_factory.mktemp(request.param)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
-    command = [*launcher, "--rdzv-endpoint", "localhost:0", worker.__file__, str(folder), str(base), request.param]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [*launcher, "--rdzv-endpoint", "localhost:0", worker.__file__, str(folder), str(bases), request.param]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return request.param, folder, [json.loads((folder / f"rank{i}.json").read_text()) for i in range(2)]
@@ -59,14 +59,21 @@ def test_losses_and_balance_are_those_of_one_process(kind, launched, alone):
     trainer, expected = alone[kind]
     assert_like_one_process(ranks, expected, kind)
     every = {name for name, _ in trainer.model.named_parameters()}
-    assert set(ranks[1][kind]["sharded"]) == (every if how == "fsdp2" else set())
+    assert set(ranks[1][kind]["sharded"]) == (set() if how == "ddp" else every)
 
 
-def test_adapters_over_sharded_fp8_codes(launched, alone):
-    how, _, ranks = launched
+def test_what_one_launch_checks_besides(launched, alone, bases):
+    """Adapters over sharded FP8 codes, and weights that transformers shards as it reads them."""
+    how, folder, ranks = launched
     if how == "fsdp2":
         assert_like_one_process(ranks, alone["fp8"][1], "fp8")
         assert sum(name.endswith("_scale_inv") for name in ranks[0]["fp8"]["sharded"]) > 30
+    if how == "ddp":
+        assert_like_one_process(ranks, alone["full"][1], "loaded")
+        assert set(ranks[0]["loaded"]["sharded"]) == {name for name, _ in alone["full"][0].model.named_parameters()}
+        saved = AutoModelForCausalLM.from_pretrained(folder / "loaded" / "final").state_dict()
+        for name, tensor in AutoModelForCausalLM.from_pretrained(folder / "full" / "final").state_dict().items():
+            assert (saved[name] - tensor).norm() <= 1e-3 * tensor.norm(), name
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
@@ -79,17 +86,17 @@ def test_a_resumed_run_is_the_uninterrupted_one(kind, launched):
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
-def test_what_is_saved_is_what_was_trained(kind, launched, alone, tmp_path):
+def test_what_is_saved_is_what_was_trained(kind, launched, alone, bases, tmp_path):
     _, folder, ranks = launched
     if kind == "full":
         model = AutoModelForCausalLM.from_pretrained(folder / kind / "final")
     else:
-        model = PeftModel.from_pretrained(worker.make("full", None), folder / kind / "final")
+        model = PeftModel.from_pretrained(worker.make("full", bases), folder / kind / "final")
         # An adapter's files hold no biases.
         for router, bias in zip(routers_of(model), ranks[0][kind]["biases"], strict=True):
             router.e_score_correction_bias.copy_(torch.tensor(bias))
-    loaded = worker.trainer_of(tmp_path, model).evaluate()["eval_loss"]
-    before = worker.trainer_of(tmp_path, worker.make(kind, None)).evaluate()["eval_loss"]
+    loaded = worker.trainer_of(tmp_path, lambda: model).evaluate()["eval_loss"]
+    before = worker.trainer_of(tmp_path, lambda: worker.make(kind, bases)).evaluate()["eval_loss"]
     assert before > loaded + 0.03
     for rank in ranks:
         assert rank[kind]["eval_loss"] == pytest.approx(loaded, rel=1e-6)
