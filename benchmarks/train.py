@@ -11,6 +11,7 @@ from pathlib import Path
 # Run as a script, Python looks for modules beside it, where kernels.py would pass for the `kernels` package.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import json
 import time
 
 import torch
@@ -26,6 +27,7 @@ from deepseek_v3.training.fp8.enable import fp8_modules
 # Measured on an H200: matrix products of 8192 x 8192 x 8192, TFLOP/s.
 PEAK = {"bf16": 780e12, "fp8": 1220e12}
 SEQUENCE = 4096
+HEAD_START = 30_000_000  # cycles, about 15 ms: the host runs ahead of the device, as it does in training
 OVERRIDES = {"num_hidden_layers": 2, "first_k_dense_replace": 1, "num_nextn_predict_layers": 0, "vocab_size": 1024}
 TINY = {"hidden_size": 256, "intermediate_size": 512, "moe_intermediate_size": 128, "n_routed_experts": 16}
 TINY |= {"num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 128, "kv_lora_rank": 128, "n_group": 4}
@@ -145,6 +147,7 @@ def timed(functions, clears, device, rounds):
         for name, function in functions.items():
             if device == "cuda":
                 start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                torch.cuda._sleep(HEAD_START)
                 start.record()
                 function()
                 end.record()
@@ -215,25 +218,27 @@ def main():
     args = parser(__doc__)
     args.add_argument("--rounds", type=int, default=5)
     args.add_argument("--tiny", action="store_true", help="small layers, on the CPU where there is no GPU")
+    args.add_argument("--batch", type=int, nargs="+", default=[1, 2], help="sequences of 4,096 tokens")
+    args.add_argument("--recipe", default="{}", help="fields of FP8Recipe as JSON (default: its own defaults)")
     options = args.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not options.tiny:
         sys.exit("true dimensions need a GPU; --tiny runs small layers here")
-    recipe = FP8Recipe(wgrad_dtype="bfloat16")
+    recipe = FP8Recipe(**{"wgrad_dtype": "bfloat16", **json.loads(options.recipe)})
     models = build(device, options.tiny, recipe)
     length = 128 if options.tiny else SEQUENCE
     points = []
     for index in (0, 1):
-        for batch in (1, 2):
+        for batch in options.batch:
             begin = time.perf_counter()
             points.append(point(models, index, batch, length, device, 1 if options.tiny else options.rounds))
             print(f"# {points[-1]['layer']} {points[-1]['tokens']}: {time.perf_counter() - begin:.0f} s", flush=True)
             if device == "cuda":
                 torch.cuda.empty_cache()
-    report(points, models, options.output)
+    report(points, models, recipe, options.output)
 
 
-def report(points, models, output):
+def report(points, models, recipe, output):
     # Weight gradients hold the tokens that went to another expert.
     bounds = {"output": 0.99, "input_gradient": 0.99, "least_weight_gradient": 0.9}
     wrong = [p for p in points if any(not p["cosine"][key] > bound for key, bound in bounds.items())]
@@ -257,7 +262,7 @@ def report(points, models, output):
     columns = ["layer", "tokens", "cos out", "cos dx", "fp8 ms", "bf16 ms", "native ms", "x bf16", "x native"]
     columns += ["of floor", "weights ms", "memory"]
     kinds = {name: str(getattr(model.config, "_experts_implementation", None)) for name, model in models.items()}
-    data = {"points": points, "peaks": PEAK, "experts_implementation": kinds}
+    data = {"points": points, "recipe": vars(recipe), "peaks": PEAK, "experts_implementation": kinds}
     finish("train", columns, rows, data, output)
 
 

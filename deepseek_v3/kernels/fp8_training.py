@@ -34,7 +34,7 @@ def _retile_fake(x, scale, rows, offsets, scale_fmt, amax_floor, backend):
     count = x.shape[0] if rows is None else rows.shape[0]
     groups = (count + 127) // 128 if offsets is None else count // 128 + offsets.shape[0] - 1
     codes = x.new_empty(x.shape[1], count if offsets is None else groups * 128, dtype=torch.float8_e4m3fn)
-    return codes, x.new_empty(x.shape[1], groups, dtype=torch.float32)
+    return codes, x.new_empty(groups, x.shape[1], dtype=torch.float32).t()
 
 
 @dispatch.define(
@@ -72,7 +72,8 @@ def retile(
 
     Returns:
         codes: float8_e4m3fn [D, P]; with offsets [D, 128 G] with G = P // 128 + E, for ``grouped_fp8_wgrad``.
-        scale: float32 [D, ceil(P / 128)]; with offsets [D, G].
+        scale: float32 [D, ceil(P / 128)], stored by group; with offsets [D, G]. What lies past the last expert's
+            last tile is left unwritten, in codes and scale.
 
     Raises:
         ValueError: dtypes or shapes that do not fit. RuntimeError: a backend asked for that cannot run here.

@@ -81,7 +81,7 @@ def _transpose_fake(x, offsets, scale_fmt, amax_floor, backend):
     groups = x.shape[0] // 128 + offsets.shape[0] - 1
     return (
         x.new_empty(x.shape[1], groups * 128, dtype=torch.float8_e4m3fn),
-        x.new_empty(x.shape[1], groups, dtype=torch.float32),
+        x.new_empty(groups, x.shape[1], dtype=torch.float32).t(),
     )
 
 
@@ -113,8 +113,9 @@ def quantize_grouped_transposed(
         scale_fmt, amax_floor: as for ``quantize_weight``. backend: "auto", "triton" or "torch".
 
     Returns:
-        codes: float8_e4m3fn [D, 128 G] with G = P // 128 + E; an expert's last tile is filled up with zeros.
-        scale: float32 [D, G].
+        codes: float8_e4m3fn [D, 128 G] with G = P // 128 + E; an expert's last tile is filled up with zeros, and what
+            lies past the last expert's is left unwritten.
+        scale: float32 [D, G], stored by group.
     """
     if x.dim() != 2 or not x.is_floating_point() or offsets.dtype != torch.int32 or offsets.dim() != 1:
         raise ValueError(f"x must be a floating matrix and offsets int32 [E + 1], got {x.dtype} {tuple(x.shape)}")

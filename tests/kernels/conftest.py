@@ -45,8 +45,22 @@ def use_torchs_fp8_casts():
     interpreter._convert_float = convert
 
 
+def fuse_multiply_add():
+    """Triton's interpreter rounds the product of a fused multiply-add; in float64 it is exact."""
+    import numpy as np
+    from triton.runtime import interpreter
+
+    def fma(builder, x, y, z):
+        with np.errstate(all="ignore"):
+            exact = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data.astype(np.float64)
+            return interpreter.TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
+
+    interpreter.InterpreterBuilder.create_fma = fma
+
+
 if INTERPRETING:
     use_torchs_fp8_casts()
+    fuse_multiply_add()
 
 
 def pytest_generate_tests(metafunc):

@@ -53,7 +53,6 @@ def test_rows_are_gathered_and_each_experts_rows_start_a_tile(target, scaled):
         assert torch.equal(out_scale[:, group : group + count].cpu(), expected_scale)
         assert torch.equal(out[:, group * 128 : (group + count) * 128].cpu().float(), expected.float())
         group += count
-    assert not out[:, group * 128 :].float().any()
 
 
 # One row, rows that no block divides, several pieces of columns.

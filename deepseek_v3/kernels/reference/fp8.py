@@ -20,6 +20,11 @@ def widen(codes, scale):
     return codes.float() * scale.repeat_interleave(GROUP, -1)[..., :depth]
 
 
+def by_group(scale):
+    """The same scales stored by group, as the products read them."""
+    return scale.t().contiguous().t()
+
+
 def fp8_gemm(a, a_scale, b, b_scale, out_dtype):
     """See ``deepseek_v3.kernels.fp8_gemm``."""
     return (widen(a, a_scale) @ widen(b, b_scale).t()).to(out_dtype)
@@ -49,7 +54,7 @@ def quantize_grouped_transposed(x, offsets, scale_fmt, amax_floor):
     rows, width = x.shape
     groups = padded_groups(rows, offsets.numel() - 1)
     codes = torch.zeros(width, groups * GROUP, device=x.device).to(torch.float8_e4m3fn)
-    scale = torch.ones(width, groups, device=x.device)
+    scale = torch.ones(groups, width, device=x.device).t()
     group = 0
     for start, end in _bounds(offsets):
         count = -(-(end - start) // GROUP)

@@ -5,7 +5,7 @@ P rows sorted by expert, M rows, D columns, F expert width.
 
 import torch
 
-from .fp8 import quantize_grouped_transposed, widen
+from .fp8 import by_group, quantize_grouped_transposed, widen
 from .quantize import quantize_activation
 
 
@@ -17,7 +17,7 @@ def retile(x, scale, rows, offsets, scale_fmt, amax_floor):
     if offsets is not None:
         return quantize_grouped_transposed(values, offsets, scale_fmt, amax_floor)
     codes, scale = quantize_activation(values.t(), 128, scale_fmt, amax_floor)
-    return codes.contiguous(), scale.contiguous()
+    return codes.contiguous(), by_group(scale)
 
 
 def swiglu_backward(gate_up, scale, grad, weights):

@@ -53,12 +53,14 @@ def fp8_matmul(
 def fp8_grouped_columns(
     dy, x, out, dy_tiles, x_tiles, dy_scale, x_scale, offsets,
     N, K, experts, dy_n, x_k, ds_n, ds_g, xs_k, xs_g,
-    BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SWEEP: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """out[e] = sum over the expert's groups of 128 rows of dy[:, group] @ x[:, group].T: [E, N, K]."""
+    """out[e] = sum over the expert's groups of 128 rows of dy[:, group] @ x[:, group].T: [E, N, K].
+
+    Few groups an expert make a tile short work: a program sweeps over SWEEP tiles beside one another.
+    """
     n_tiles = tl.cdiv(N, BLOCK_N)
     n0 = tl.program_id(0) % n_tiles * BLOCK_N
-    k0 = tl.program_id(0) // n_tiles * BLOCK_K
     e = tl.program_id(1)
     i = tl.arange(0, BLOCK_E)
     low = tl.load(offsets + i, mask=i < experts, other=0)
@@ -67,19 +69,22 @@ def fp8_grouped_columns(
     first = tl.sum(tl.where(i < e, groups, 0), 0)
     count = tl.sum(tl.where(i == e, groups, 0), 0)
     n = (n0 + tl.arange(0, BLOCK_N)).to(tl.int64)
-    k = (k0 + tl.arange(0, BLOCK_K)).to(tl.int64)
     m = tl.arange(0, 128)
-    acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    for g in range(first, first + count):
-        group = tl.cast(g, tl.int64)
-        sa = tl.load(dy_scale + n * ds_n + group * ds_g, mask=n < N, other=0.0)
-        sb = tl.load(x_scale + k * xs_k + group * xs_g, mask=k < K, other=0.0)
-        if TMA:
-            left = dy_tiles.load([n0, g * 128])
-            right = x_tiles.load([k0, g * 128])
-        else:
-            left = tl.load(dy + n[:, None] * dy_n + (group * 128 + m)[None, :], mask=(n < N)[:, None], other=0.0)
-            right = tl.load(x + k[:, None] * x_k + (group * 128 + m)[None, :], mask=(k < K)[:, None], other=0.0)
-        acc += tl.dot(left, right.T) * sa[:, None] * sb[None, :]
-    place = out + e.to(tl.int64) * N * K + n[:, None] * K + k[None, :]
-    tl.store(place, acc.to(out.dtype.element_ty), mask=(n < N)[:, None] & (k < K)[None, :])
+    for turn in range(SWEEP):
+        k0 = (tl.program_id(0) // n_tiles * SWEEP + turn) * BLOCK_K
+        k = (k0 + tl.arange(0, BLOCK_K)).to(tl.int64)
+        acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+        for g in range(first, first + count):
+            group = tl.cast(g, tl.int64)
+            sa = tl.load(dy_scale + n * ds_n + group * ds_g, mask=n < N, other=0.0)
+            sb = tl.load(x_scale + k * xs_k + group * xs_g, mask=k < K, other=0.0)
+            if TMA:
+                left = dy_tiles.load([n0, g * 128])
+                right = x_tiles.load([k0, g * 128])
+            else:
+                place = group * 128 + m
+                left = tl.load(dy + n[:, None] * dy_n + place[None, :], mask=(n < N)[:, None], other=0.0)
+                right = tl.load(x + k[:, None] * x_k + place[None, :], mask=(k < K)[:, None], other=0.0)
+            acc += tl.dot(left, right.T) * sa[:, None] * sb[None, :]
+        place = out + e.to(tl.int64) * N * K + n[:, None] * K + k[None, :]
+        tl.store(place, acc.to(out.dtype.element_ty), mask=(n < N)[:, None] & (k < K)[None, :])

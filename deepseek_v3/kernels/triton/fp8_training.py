@@ -3,12 +3,13 @@
 import triton
 import triton.language as tl
 
-from .quantize import scale_of
+from .quantize import encoded, largest, rows_of, scale_of
 
 
 @triton.jit
 def retile_columns(
-    x, x_scale, source, codes, scale, offsets, rows, width, experts, x_m, xs_m, xs_g, codes_d, scale_d, floor,
+    x, x_scale, source, codes, scale, offsets, rows, width, experts, x_m, xs_m, xs_g, codes_d, scale_d, scale_g,
+    floor,
     BLOCK: tl.constexpr, BLOCK_E: tl.constexpr, POWER: tl.constexpr, SCALED: tl.constexpr, GATHER: tl.constexpr,
     GROUPED: tl.constexpr,
 ):  # fmt: skip
@@ -17,15 +18,9 @@ def retile_columns(
     start = group * 128
     stop = tl.minimum(start + 128, rows)
     if GROUPED:
-        i = tl.arange(0, BLOCK_E)
-        low = tl.load(offsets + i, mask=i < experts, other=0)
-        high = tl.load(offsets + i + 1, mask=i < experts, other=0)
-        groups = (high - low + 127) // 128
-        e = tl.sum((tl.cumsum(groups, 0) <= group).to(tl.int32), 0)
-        inside = group - tl.sum(tl.where(i < e, groups, 0), 0)
-        start = tl.sum(tl.where(i == e, low, 0), 0) + inside * 128
-        # Past the last group all is zero: nothing is read and nothing there is ever NaN.
-        stop = tl.where(e < experts, tl.minimum(start + 128, tl.sum(tl.where(i == e, high, 0), 0)), start)
+        start, stop = rows_of(offsets, group, experts, 128, BLOCK_E)
+        if stop < 0:
+            return
     lane = tl.arange(0, 128)
     live = start + lane < stop
     m = (start + lane).to(tl.int64)
@@ -38,13 +33,12 @@ def retile_columns(
         # BLOCK divides 128: these columns share one scale a row.
         of_row = x_scale + m * xs_m + (tl.program_id(1) * BLOCK // 128).to(tl.int64) * xs_g
         value = value * tl.load(of_row, mask=live, other=0.0)[:, None]
-    s = scale_of(tl.max(tl.abs(value), 0), tl.max((value != value).to(tl.int32), 0), floor, POWER)
-    tl.store(scale + col.to(tl.int64) * scale_d + group, s, mask=col < width)
-    code = tl.div_rn(value, s[None, :] + tl.zeros_like(value)).to(tl.float8e4nv)
+    s = scale_of(largest(value, 0), floor, POWER)
+    tl.store(scale + col.to(tl.int64) * scale_d + group.to(tl.int64) * scale_g, s, mask=col < width)
     last = group * 128 + lane
     room = (last < rows) | GROUPED
     place = col.to(tl.int64)[None, :] * codes_d + last[:, None]
-    tl.store(codes + place, code, mask=room[:, None] & (col < width)[None, :])
+    tl.store(codes + place, encoded(value, s[None, :]), mask=room[:, None] & (col < width)[None, :])
 
 
 @triton.jit

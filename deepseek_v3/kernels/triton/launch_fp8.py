@@ -1,5 +1,7 @@
 """Launchers of the FP8 products and of the quantisers."""
 
+from typing import NamedTuple
+
 import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -11,6 +13,19 @@ from .launch_mla import tma_ready
 from .quantize import quantize_blocks, quantize_columns, quantize_rows, transpose_tiles
 
 ROWS, COLUMNS, BAND = 64, 128, 32
+
+
+class Sweep(NamedTuple):
+    """Tiles of the experts' weight gradient: rows and columns of one, how many a program makes, Triton's numbers."""
+
+    rows: int = 64
+    columns: int = 128
+    sweep: int = 4
+    warps: int = 4
+    stages: int = 2
+
+
+WGRAD = Sweep()
 
 
 def _tiles(left, right, rows, columns):
@@ -38,17 +53,17 @@ def fp8_gemm(a, a_scale, b, b_scale, out, add):
     return out
 
 
-def grouped_fp8_wgrad(dy, dy_scale, x, x_scale, offsets, dtype):
+def grouped_fp8_wgrad(dy, dy_scale, x, x_scale, offsets, dtype, tiling=WGRAD):
     """See ``deepseek_v3.kernels.grouped_fp8_wgrad``."""
     experts, columns, depth = offsets.numel() - 1, dy.shape[0], x.shape[0]
     out = torch.empty(experts, columns, depth, dtype=dtype, device=x.device)
-    dy_tiles, x_tiles = _tiles(dy, x, ROWS, COLUMNS)
-    grid = (triton.cdiv(columns, ROWS) * triton.cdiv(depth, COLUMNS), experts)
+    dy_tiles, x_tiles = _tiles(dy, x, tiling.rows, tiling.columns)
+    grid = (triton.cdiv(columns, tiling.rows) * triton.cdiv(depth, tiling.columns * tiling.sweep), experts)
     fp8_grouped_columns[grid](
         dy, x, out, dy_tiles, x_tiles, dy_scale, x_scale, offsets,
         columns, depth, experts, dy.stride(0), x.stride(0), *dy_scale.stride(), *x_scale.stride(),
-        BLOCK_E=triton.next_power_of_2(experts + 1), BLOCK_N=ROWS, BLOCK_K=COLUMNS, TMA=dy_tiles is not None,
-        num_warps=4, num_stages=3,
+        BLOCK_E=triton.next_power_of_2(experts + 1), BLOCK_N=tiling.rows, BLOCK_K=tiling.columns, SWEEP=tiling.sweep,
+        TMA=dy_tiles is not None, num_warps=tiling.warps, num_stages=tiling.stages,
     )  # fmt: skip
     return out
 
@@ -76,10 +91,10 @@ def quantize_transposed(x, offsets, group, scale_fmt, amax_floor):
     groups = triton.cdiv(rows, group) if offsets is None else padded_groups(rows, experts)
     padded = rows if offsets is None else groups * group
     codes = torch.empty(width, padded, dtype=torch.float8_e4m3fn, device=x.device)
-    scale = torch.empty(width, groups, dtype=torch.float32, device=x.device)
+    scale = torch.empty(groups, width, dtype=torch.float32, device=x.device).t()
     if codes.numel():
         quantize_columns[(groups, triton.cdiv(width, 64))](
-            x, codes, scale, offsets, rows, width, experts, x.stride(0), codes.stride(0), scale.stride(0),
+            x, codes, scale, offsets, rows, width, experts, x.stride(0), codes.stride(0), *scale.stride(),
             max(amax_floor, AMAX_FLOOR), BLOCK=64, GROUP=group, WIDE=triton.next_power_of_2(group),
             BLOCK_E=triton.next_power_of_2(experts + 1), POWER=scale_fmt is not None, GROUPED=offsets is not None,
             num_warps=4,

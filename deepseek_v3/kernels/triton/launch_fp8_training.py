@@ -17,11 +17,11 @@ def retile(x, x_scale, source, offsets, scale_fmt, amax_floor):
     groups = triton.cdiv(rows, 128) if offsets is None else padded_groups(rows, experts)
     padded = rows if offsets is None else groups * 128
     codes = torch.empty(width, padded, dtype=torch.float8_e4m3fn, device=x.device)
-    scale = torch.empty(width, groups, dtype=torch.float32, device=x.device)
+    scale = torch.empty(groups, width, dtype=torch.float32, device=x.device).t()  # by group, as the products read it
     if codes.numel():
         retile_columns[(groups, triton.cdiv(width, 64))](
             x, x_scale, source, codes, scale, offsets, rows, width, experts, x.stride(0),
-            *(x_scale.stride() if x_scale is not None else (0, 0)), codes.stride(0), scale.stride(0),
+            *(x_scale.stride() if x_scale is not None else (0, 0)), codes.stride(0), *scale.stride(),
             max(amax_floor, AMAX_FLOOR), BLOCK=64, BLOCK_E=triton.next_power_of_2(experts + 1),
             POWER=scale_fmt is not None, SCALED=x_scale is not None, GATHER=source is not None,
             GROUPED=offsets is not None, num_warps=4,
