@@ -22,7 +22,7 @@ from .modeling_deepseek_v3 import (
     DeepseekV3Model,
 )
 from .modeling_deepseek_v3.checkpoint import register_converters
-from .quantization import quantizer
+from .quantization import bnb_quantizer, quantizer
 
 _CONFIGS = (DeepseekV3Config, KimiK2Config)
 _MODELS: dict[Any, Any] = {
@@ -41,6 +41,7 @@ def register() -> None:
             # The mapping itself, not `auto.register`: that one insists on a single config class for a model.
             auto._model_mapping.register(config, model, exist_ok=True)
     quantizer.register()
+    bnb_quantizer.register()
     # For any transformers MoE of this layout: `experts_implementation="deepseek_v3"`.
     ALL_EXPERTS_FUNCTIONS.register("deepseek_v3", experts_forward)
     register_converters(tuple(config.model_type for config in _CONFIGS))
@@ -49,6 +50,7 @@ def register() -> None:
 def unregister() -> None:
     """Give `model_type` "deepseek_v3" back to transformers' own classes; "kimi_k2" is unknown again."""
     quantizer.unregister()
+    bnb_quantizer.unregister()
     for config in _CONFIGS:
         CONFIG_MAPPING._extra_content.pop(config.model_type, None)
         for auto in _MODELS:

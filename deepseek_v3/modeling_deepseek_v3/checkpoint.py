@@ -20,6 +20,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, logging
 from ..quantization import (
     FP8Config,
     Weights,
+    bnb_arguments,
     dequantized_state_dict,
     is_fp8,
     keeps_fp8,
@@ -104,7 +105,8 @@ class LoadingMixin:
         """As in transformers, for official (FP8 or BF16), transformers-saved and Trainer-saved folders.
 
         Args:
-            quantization_config: an `FP8Config` says what becomes of FP8 weights.
+            quantization_config: an `FP8Config` says what becomes of FP8 weights; a `BitsAndBytesConfig` packs the
+                linears and the routed experts of any of these folders.
 
         Raises:
             ValueError: an index that leaves its folder; FP8 weights without scales that fit, or of another kind.
@@ -115,6 +117,7 @@ class LoadingMixin:
         wanted = requested_config(kwargs.pop("quantization_config", None))
         if wanted is not None and not isinstance(wanted, FP8Config):
             kwargs["quantization_config"] = wanted
+        kwargs = bnb_arguments(cls.config_class, pretrained_model_name_or_path, kwargs)  # type: ignore[attr-defined]
         with requesting(wanted):
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
 

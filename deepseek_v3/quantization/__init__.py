@@ -3,6 +3,8 @@
 Imports `configuration` and `kernels`, never the models: they are handed in.
 """
 
+from .bnb_config import bnb_arguments
+from .bnb_experts import BnbExperts
 from .config import FP8Config, is_fp8, requested_config, requesting
 from .experts import FP8Experts
 from .linear import FP8Linear, keeps_fp8
@@ -13,12 +15,14 @@ from .quantizer import DeepseekFP8Quantizer, dequantized_state_dict, register, u
 from .saving import Weights, save_quantized
 
 __all__ = [
+    "BnbExperts",
     "DeepseekFP8Quantizer",
     "FP8Config",
     "FP8Experts",
     "FP8Linear",
     "RoundingReport",
     "Weights",
+    "bnb_arguments",
     "dequantized_state_dict",
     "fuse_official_names",
     "is_fp8",

@@ -19,6 +19,7 @@ from ..configuration.layout import scale_shape
 from ..kernels import dequantize_weight, fp8_gemm, quantize_activation
 from ..kernels.dispatch import cuda_reason
 from ..kernels.fp8 import OUT_DTYPES
+from .codes import Codes
 from .stored import FP8
 
 
@@ -81,9 +82,11 @@ class CodesModule(nn.Module):
         return [p for name, p in named.items() if p.dtype == FP8 or name.endswith("_scale_inv")]
 
     def freeze(self) -> None:
-        """Take codes and scales out of training."""
-        for parameter in self.codes_and_scales():
-            parameter.requires_grad_(False)
+        """Take codes and scales out of training, and out of reach of what would be merged into them."""
+        for name, parameter in list(self._parameters.items()):
+            if parameter is not None and (parameter.dtype == FP8 or name.endswith("_scale_inv")):
+                parameter.requires_grad_(False)
+                self._parameters[name] = Codes(parameter) if parameter.dtype == FP8 else parameter
 
     def adapted(self, name: str) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """The codes called `name`, and the changes, of the same shape, to the matrices that they stand for.

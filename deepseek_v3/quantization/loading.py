@@ -18,6 +18,8 @@ import torch
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from .bnb_experts import BnbExperts
+from .bnb_quantizer import PacksExperts, pack
 from .config import FP8Config, request
 from .quantizer import DeepseekFP8Quantizer
 from .stored import SCALE_SUFFIX, CheckpointTensors, Deferred, DequantizedTensor, StoredTensor
@@ -55,7 +57,46 @@ class FuseExperts(ConversionOps):
         return {target_patterns[0]: fused}
 
 
-def _fuse(name: str, parts: list[list[Deferred]], patterns: list[str], like: torch.Tensor) -> torch.Tensor:
+class PackExperts(FuseExperts):
+    """The same into the codes of a module that bitsandbytes packs, one expert after the other."""
+
+    def convert(  # type: ignore[override]
+        self,
+        input_dict: dict[str, list[Any]],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        full_layer_name: str,
+        model: Any,
+        missing_keys: Any = None,
+        **kwargs: Any,
+    ) -> dict[str, torch.Tensor]:
+        owner, _, name = full_layer_name.rpartition(".")
+        experts = model.get_submodule(owner)
+        if not isinstance(experts, BnbExperts):
+            return super().convert(input_dict, source_patterns, target_patterns, full_layer_name, model, **kwargs)
+        try:
+            parts = [input_dict.pop(pattern, []) for pattern in source_patterns]
+            rows, columns = _part_shape(full_layer_name, parts, source_patterns, getattr(experts, name))
+            pack(experts, name, parts[0][0].device, Rows(parts, [rows, columns]))
+        except ValueError as error:
+            self.errors.append(error)
+            raise
+        missing_keys.discard(full_layer_name)
+        return {}
+
+
+class Rows:
+    """Per-expert tensors, the parts of each one below the other, read when an expert is asked for."""
+
+    def __init__(self, parts: list[list[Deferred]], shape: list[int]) -> None:
+        self.parts, self.shape = parts, shape
+
+    def __getitem__(self, expert: int) -> torch.Tensor:
+        return torch.cat([_read(tensors[expert], self.shape) for tensors in self.parts])
+
+
+def _part_shape(name: str, parts: list[list[Deferred]], patterns: list[str], like: torch.Tensor) -> tuple[int, int]:
+    """Rows and columns of one expert's tensor of each part."""
     experts = like.shape[0]
     for tensors, pattern in zip(parts, patterns, strict=True):
         if len(tensors) != experts:
@@ -63,28 +104,35 @@ def _fuse(name: str, parts: list[list[Deferred]], patterns: list[str], like: tor
                 f"{name} needs {experts} tensors {pattern} and the checkpoint holds {len(tensors)}. Download the "
                 "missing shard, or correct n_routed_experts in config.json"
             )
-    rows, columns = like.shape[1] // len(parts), like.shape[2]
+    return like.shape[1] // len(parts), like.shape[2]
+
+
+def _read(tensor: Deferred, shape: list[int]) -> torch.Tensor:
+    if tensor.get_shape() != shape:
+        raise ValueError(f"{tensor.stored.name} has shape {tensor.get_shape()}, config.json says {shape}")
+    return tensor.read()
+
+
+def _fuse(name: str, parts: list[list[Deferred]], patterns: list[str], like: torch.Tensor) -> torch.Tensor:
+    rows, columns = _part_shape(name, parts, patterns, like)
     first = parts[0][0]
     dtype = torch.float32 if first.stored.name.endswith(SCALE_SUFFIX) else first.dtype
     with torch.inference_mode(False):  # which threads would not be in, and could not write to what it makes
         fused = torch.empty(like.shape, dtype=dtype or _TORCH_DTYPES[first.get_dtype()], device=first.device)
 
     def place(part: int, expert: int) -> None:
-        tensor = parts[part][expert]
-        if tensor.get_shape() != [rows, columns]:
-            shape = tensor.get_shape()
-            raise ValueError(f"{tensor.stored.name} has shape {shape}, config.json says {[rows, columns]}")
-        fused[expert, part * rows : (part + 1) * rows].copy_(tensor.read())
+        values = _read(parts[part][expert], [rows, columns])
+        fused[expert, part * rows : (part + 1) * rows].copy_(values)
 
     with ThreadPoolExecutor(_READERS) as pool:
-        jobs = [pool.submit(place, part, expert) for part in range(len(parts)) for expert in range(experts)]
+        jobs = [pool.submit(place, part, expert) for part in range(len(parts)) for expert in range(like.shape[0])]
         for job in jobs:
             job.result()
     return fused
 
 
 def _streamed(
-    checkpoint: CheckpointTensors, dequantized: set[str], load_config: Any, errors: list[ValueError]
+    checkpoint: CheckpointTensors, dequantized: set[str], load_config: Any, fuse: FuseExperts
 ) -> tuple[dict[str, Any], Any]:
     """The state dict and the `LoadStateDictConfig` to hand to transformers' loader.
 
@@ -92,14 +140,13 @@ def _streamed(
         checkpoint: the files.
         dequantized: names of the FP8 weights that the model wants without their scales.
         load_config: transformers', whose converters of experts are replaced in the copy that is returned.
-        errors: what a converter raises is collected here, since the loader only reports it.
+        fuse: what the experts' tensors are read by. What it raises is collected in its `errors`, since the loader
+            only reports it.
     """
     mapping, readers = [], []
     for entry in load_config.weight_mapping or []:
         if isinstance(entry, WeightConverter) and _EXPERTS in entry.target_patterns[0]:
-            entry = entry.copy(
-                entry._original_source_patterns, entry._original_target_patterns, operations=[FuseExperts(errors)]
-            )
+            entry = entry.copy(entry._original_source_patterns, entry._original_target_patterns, operations=[fuse])
             readers.append(entry)
         mapping.append(entry)
     state_dict: dict[str, Any] = {}
@@ -130,24 +177,26 @@ def load_streamed(
         )
     safetensors = state_dict is None and bool(files) and files[0].endswith(".safetensors")  # type: ignore[index]
     spread = load_config.device_mesh is not None
-    foreign = quantizer is not None and not fp8
+    packs = isinstance(quantizer, PacksExperts) and not quantizer.pre_quantized
+    foreign = quantizer is not None and not fp8 and not packs
     if fp8 and quantizer.codes and (spread or not safetensors):
         why = "a parallel plan splits tensors" if spread else "its weights are no safetensors files"
         raise ValueError(f"the checkpoint is FP8 and {why}. Convert it to BF16 first: deepseek-v3 convert --to bf16")
     if not safetensors or foreign or spread or (is_deepspeed_zero3_enabled() and quantizer is None):
         return loader(model, state_dict, files, load_config, expected_keys)
     checkpoint = quantizer.checkpoint if fp8 else CheckpointTensors(files or [])
-    if not fp8 and (codes := checkpoint.fp8_weights()):
+    codes = quantizer.dequantized if fp8 else checkpoint.fp8_weights()
+    if codes and quantizer is None:
         raise ValueError(
             f"{min(codes)} and {len(codes) - 1} other weights are FP8 and config.json has no quantization_config. "
             f"Add this to it: {json.dumps(FP8Config().to_dict())}"
         )
     errors: list[ValueError] = []
-    dequantized = quantizer.dequantized if fp8 else set()
-    tensors, load_config = _streamed(checkpoint, dequantized, load_config, errors)
+    fuse = PackExperts(errors) if packs else FuseExperts(errors)
+    tensors, load_config = _streamed(checkpoint, codes, load_config, fuse)
     try:
         # Where a tensor is not what the file holds, an offloaded one must not be read from that file.
-        result = loader(model, tensors, None if dequantized else files, load_config, expected_keys)
+        result = loader(model, tensors, None if codes else files, load_config, expected_keys)
     finally:
         checkpoint.close()
     if errors:

@@ -1,0 +1,227 @@
+"""`BnbExperts`: the routed experts in 4 or 8 bits as bitsandbytes packs them, frozen, under LoRA where asked.
+
+Special about it: the two stacks are widened for their product and dropped, in the backward again, and of the experts
+those alone that a token reaches. What is stored are buffers; the parameters `gate_up_proj` and `down_proj` have a
+stack's shape, dtype and device and no memory, which is what PEFT's `target_parameters`, parameter counts and device
+maps look at. An adapter's low-rank factors multiply beside the packed stack, each in its own product.
+
+Letters: n tokens, K experts a token, P = n * K pairs, E experts, D hidden, F expert width, N rows, r rank.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..kernels import combine_pairs, gather_pairs, grouped_gemm, sort_pairs
+from .bnb_packing import Packing
+
+STACKS = ("gate_up_proj", "down_proj")
+# With so many pairs an expert on average nearly all are reached; asking which would make the host wait.
+_MANY_ROWS = 4
+
+_REMEDY = (
+    "the routed experts are packed by bitsandbytes, and an adapter cannot be merged into them. Load the base in BF16, "
+    "the adapter over it, and merge there (deepseek-v3 finetune --merge does), or call model.dequantize() before "
+    "get_peft_model"
+)
+
+
+class StackShape(nn.Parameter):
+    """Shape, dtype and device of a packed stack. It holds no numbers and takes no memory.
+
+    PEFT puts a sum of it and a delta in its place for the time of a forward; that sum is never computed.
+    """
+
+    def __new__(cls, shape: torch.Size, dtype: torch.dtype, device: Any) -> "StackShape":
+        return torch.Tensor._make_subclass(cls, torch.empty((), dtype=dtype, device=device).expand(shape), False)
+
+    def element_size(self) -> int:
+        return 0
+
+    def __deepcopy__(self, memo: Any) -> "StackShape":
+        return StackShape(self.shape, self.dtype, self.device)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in ("add", "__add__", "baddbmm"):
+            return args[0]
+        if name in ("__iadd__", "add_", "__isub__", "sub_", "clone"):
+            raise ValueError(_REMEDY)
+        with torch._C.DisableTorchFunctionSubclass():
+            if name == "to" and isinstance(args[0], cls):
+                # Torch would write out what only has a shape.
+                like = args[0][(0,) * args[0].dim()].to(*args[1:], **(kwargs or {}))
+                return StackShape(args[0].shape, like.dtype, like.device)
+            return func(*args, **(kwargs or {}))
+
+
+class BnbExperts(nn.Module):
+    """E SwiGLU experts, packed.
+
+    Attributes:
+        gate_up_proj, down_proj: the shapes [E, 2F, D] (gate rows first) and [E, D, F] of what is packed. Until the
+            experts are packed, ordinary parameters of these shapes.
+        gate_up_proj_codes and further buffers with the stack's name before them: see `Packing.sizes`, with E in front.
+        compute_dtype: what products run in; None for the dtype of the tokens.
+    """
+
+    # What `model.dequantize()` makes of it again: called with the model's configuration.
+    plain_class: Any = None
+
+    # Read by transformers' expert parallelism.
+    has_gate, has_bias, is_transposed, is_concatenated = True, False, False, True
+
+    def __init__(self, plain: nn.Module, packing: Packing, compute_dtype: torch.dtype | None, packed: bool) -> None:
+        """
+        Args:
+            plain: fused experts of the same sizes.
+            packing: how.
+            compute_dtype: see above.
+            packed: what will be loaded is packed already.
+        """
+        super().__init__()
+        experts: Any = plain
+        self.num_experts, self.hidden_dim = experts.num_experts, experts.hidden_dim
+        self.intermediate_dim, self.act_fn = experts.intermediate_dim, experts.act_fn
+        self.plain_class = type(plain)
+        self.packing, self.compute_dtype = packing, compute_dtype
+        for name in STACKS:
+            stack = getattr(plain, name)
+            self.register_parameter(name, nn.Parameter(stack.detach(), requires_grad=False))
+            if packed:
+                self.reserve(name, stack.device)
+
+    def shape(self, name: str) -> tuple[int, int]:
+        """Rows and columns of one expert's matrix in the stack `name`."""
+        if name == "gate_up_proj":
+            return 2 * self.intermediate_dim, self.hidden_dim
+        return self.hidden_dim, self.intermediate_dim
+
+    def packed(self, name: str) -> bool:
+        """Whether the stack `name` is."""
+        return f"{name}_codes" in self._buffers
+
+    def reserve(self, name: str, device: Any) -> None:
+        """Make the buffers for the stack `name`, not filled in, and let go of the parameter's memory."""
+        rows, columns = self.shape(name)
+        for suffix, (shape, dtype) in self.packing.sizes(rows, columns).items():
+            buffer = torch.empty((self.num_experts, *shape), dtype=dtype, device=device)
+            self.register_buffer(f"{name}_{suffix}", buffer)
+        shape = torch.Size((self.num_experts, rows, columns))
+        dtype = self.compute_dtype or getattr(self, name).dtype
+        self._parameters[name] = StackShape(shape, dtype, device)
+
+    def put(self, name: str, expert: int, matrix: torch.Tensor) -> None:
+        """Pack one expert's matrix [N, K] into its place."""
+        for suffix, part in self.packing.pack(matrix).items():
+            self._buffers[f"{name}_{suffix}"][expert].copy_(part)  # type: ignore[index]
+
+    def widened(self, name: str, dtype: torch.dtype, experts: torch.Tensor | None = None) -> torch.Tensor:
+        """The matrices [E, N, K] that are packed, of all experts or of those whose numbers are given."""
+        rows, columns = self.shape(name)
+        parts: dict[str, torch.Tensor] = {}
+        for suffix in self.packing.sizes(rows, columns):
+            buffer: Any = self._buffers[f"{name}_{suffix}"]
+            parts[suffix] = buffer if experts is None else buffer.index_select(0, experts)
+        return self.packing.unpack(parts, rows, columns, dtype)
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Weighted sum of each token's experts.
+
+        Args:
+            hidden_states: [n, D]; top_k_index: [n, K]; top_k_weights: [n, K].
+
+        Returns:
+            [n, D] of the dtype of `hidden_states`.
+
+        Raises:
+            ValueError: something other than LoRA parametrises a packed stack.
+        """
+        order, inverse, offsets = sort_pairs(top_k_index, self.num_experts)
+        rows = gather_pairs(hidden_states, order, inverse, offsets)  # [P, D]
+        rows = rows.to(self.compute_dtype or rows.dtype)
+        gate, up = self._stack("gate_up_proj", rows, offsets).chunk(2, dim=-1)
+        output = self._stack("down_proj", self.act_fn(gate) * up, offsets)
+        return combine_pairs(output, inverse, offsets, top_k_weights).to(hidden_states.dtype)
+
+    def _stack(self, name: str, rows: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        """Product of rows sorted by expert with one stack, and with what adapters add to it."""
+
+        def widen(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+            if len(rows) >= _MANY_ROWS * self.num_experts:
+                return self.widened(name, dtype), offsets
+            hit = (offsets[1:] > offsets[:-1]).nonzero()[:, 0]
+            hit = hit if len(hit) else hit.new_zeros(1)
+            return self.widened(name, dtype, hit), torch.cat([offsets[hit], offsets[-1:]])
+
+        result = _Product.apply(rows, widen)
+        for adapter in self._adapters(name):
+            result = result + _change(adapter, rows, offsets)
+        return result
+
+    def _adapters(self, name: str) -> list[Any]:
+        """What PEFT's `target_parameters` has put on the stack for the time of a forward."""
+        changed: Any = getattr(self, "parametrizations", {})
+        return list(changed[name]) if name in changed else []
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> Any:
+        shapes = {name: self._parameters.pop(name) for name in STACKS if self.packed(name)}
+        stored = {id(buffer) for buffer in self._buffers.values()}
+
+        def guarded(tensor: torch.Tensor) -> torch.Tensor:
+            if id(tensor) not in stored:
+                return fn(tensor)
+            # As integers they are moved like any other tensor and cast by nothing.
+            return fn(tensor.view(torch.uint8)).view(tensor.dtype)
+
+        result = super()._apply(guarded, recurse)
+        for name, old in shapes.items():
+            codes: Any = self._buffers[f"{name}_codes"]
+            self._parameters[name] = StackShape(old.shape, old.dtype, codes.device)  # type: ignore[union-attr]
+        return result
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        for name in STACKS:
+            if self.packed(name):
+                destination.pop(prefix + name, None)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        shapes = {name: self._parameters.pop(name) for name in STACKS if self.packed(name)}
+        super()._load_from_state_dict(*args)  # type: ignore[call-arg]
+        self._parameters.update(shapes)
+
+    def extra_repr(self) -> str:
+        return f"experts={self.num_experts}, {self.hidden_dim}, {self.intermediate_dim}, {self.packing.label}"
+
+
+def _change(adapter: Any, rows: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """What one of PEFT's parametrisations of a stack adds to the product with sorted rows [P, K]."""
+    if hasattr(adapter, "lhs"):  # [E, N, r] and [E, r, K]
+        inner = grouped_gemm(rows, adapter.rhs.to(rows.dtype).contiguous(), offsets)
+        return adapter.scaling * grouped_gemm(inner, adapter.lhs.to(rows.dtype).contiguous(), offsets)
+    delta = getattr(adapter, "delta_weight", None)  # several adapters together
+    if delta is None:
+        raise ValueError(
+            f"{type(adapter).__name__} changes experts that are packed by bitsandbytes, which only LoRA can adapt. "
+            "Load the model without a quantization_config"
+        )
+    return grouped_gemm(rows, delta.to(rows.dtype), offsets)
+
+
+class _Product(torch.autograd.Function):
+    """Rows sorted by expert times the matrices that `widen(dtype)` gives, which is called again for the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, widen: Callable) -> torch.Tensor:
+        ctx.widen = widen
+        return grouped_gemm(rows, *widen(rows.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        return grouped_gemm(grad.contiguous(), *ctx.widen(grad.dtype), transposed=True), None
