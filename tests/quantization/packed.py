@@ -1,4 +1,4 @@
-"""What bitsandbytes makes of a folder's weights, tensor by tensor by its own functions: the oracle of packed models."""
+"""What bitsandbytes makes of a folder's weights, by its own functions, one by one: the oracle of packed models."""
 
 import torch
 from bitsandbytes import functional
