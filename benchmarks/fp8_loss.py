@@ -89,7 +89,7 @@ def smoothed(losses, options):
 def main():
     args = parser(__doc__)
     args.add_argument("--tiny", action="store_true")
-    args.add_argument("--steps", type=int, default=300)
+    args.add_argument("--steps", type=int, default=200)
     args.add_argument("--seeds", type=int, default=3)
     args.add_argument("--batch", type=int, default=32)
     args.add_argument("--block", type=int, default=512)
@@ -107,6 +107,7 @@ def main():
             curve = losses.unfold(0, max(1, options.steps // 30), max(1, options.steps // 30)).mean(-1).tolist()
             run = {"seed": seed, "precision": precision, "loss": ends[precision], "max_vio": max_vio}
             runs.append({**run, "seconds": seconds, "curve": curve})
+            print(f"# seed {seed} {precision}: loss {ends[precision]:.5f}, {seconds:.0f} s", flush=True)
         difference = ends["fp8"] / ends["bf16"] - 1
         rows.append([seed, ends["bf16"], ends["fp8"], f"{difference:+.3%}", runs[-2]["max_vio"], runs[-2]["seconds"]])
     losses, max_vio, _ = train(options, text, 0, "bf16", 0.0, device)

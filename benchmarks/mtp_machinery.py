@@ -54,7 +54,7 @@ def main():
     args = parser(__doc__)
     args.add_argument("--rate", type=float, default=0.85)
     args.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32, 128])
-    args.add_argument("--new", type=int, default=192)
+    args.add_argument("--new", type=int, default=512)
     options = args.parse_args()
     model = make_model()
     speculative.accept = forced(options.rate)

@@ -201,10 +201,10 @@ def test_each_saving_saves(monkeypatch):
         block = layer(0, FP8Recipe(**options), dtype=torch.bfloat16, v_head_dim=96)
         return saved_bytes(block, x) + held()
 
-    least = kept()
-    for option in ({"swiglu_inputs": "input_dtype"}, {"attention_output": "input_dtype"}, {"recompute_norms": False},
-                   {"recompute_up_projections": False}):  # fmt: skip
-        assert kept(**option) > least, option
+    usual = kept()
+    assert kept(recompute_up_projections=True) < usual
+    for option in ({"swiglu_inputs": "input_dtype"}, {"attention_output": "input_dtype"}, {"recompute_norms": False}):
+        assert kept(**option) > usual, option
 
 
 @pytest.mark.parametrize("heads_first", [False, True])

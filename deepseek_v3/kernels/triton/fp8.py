@@ -51,9 +51,10 @@ def fp8_matmul(
 
 @triton.jit
 def fp8_grouped_columns(
-    dy, x, out, dy_tiles, x_tiles, dy_scale, x_scale, offsets,
+    dy, x, out, dy_tiles, x_tiles, out_tiles, dy_scale, x_scale, offsets,
     N, K, experts, dy_n, x_k, ds_n, ds_g, xs_k, xs_g,
     BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SWEEP: tl.constexpr, TMA: tl.constexpr,
+    TMA_OUT: tl.constexpr,
 ):  # fmt: skip
     """out[e] = sum over the expert's groups of 128 rows of dy[:, group] @ x[:, group].T: [E, N, K].
 
@@ -86,5 +87,8 @@ def fp8_grouped_columns(
                 left = tl.load(dy + n[:, None] * dy_n + place[None, :], mask=(n < N)[:, None], other=0.0)
                 right = tl.load(x + k[:, None] * x_k + place[None, :], mask=(k < K)[:, None], other=0.0)
             acc += tl.dot(left, right.T) * sa[:, None] * sb[None, :]
-        place = out + e.to(tl.int64) * N * K + n[:, None] * K + k[None, :]
-        tl.store(place, acc.to(out.dtype.element_ty), mask=(n < N)[:, None] & (k < K)[None, :])
+        if TMA_OUT:
+            out_tiles.store([e * N + n0, k0], acc.to(out.dtype.element_ty))
+        else:
+            place = out + e.to(tl.int64) * N * K + n[:, None] * K + k[None, :]
+            tl.store(place, acc.to(out.dtype.element_ty), mask=(n < N)[:, None] & (k < K)[None, :])

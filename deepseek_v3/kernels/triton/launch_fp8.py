@@ -20,7 +20,7 @@ class Sweep(NamedTuple):
 
     rows: int = 64
     columns: int = 128
-    sweep: int = 4
+    sweep: int = 7
     warps: int = 4
     stages: int = 2
 
@@ -58,12 +58,16 @@ def grouped_fp8_wgrad(dy, dy_scale, x, x_scale, offsets, dtype, tiling=WGRAD):
     experts, columns, depth = offsets.numel() - 1, dy.shape[0], x.shape[0]
     out = torch.empty(experts, columns, depth, dtype=dtype, device=x.device)
     dy_tiles, x_tiles = _tiles(dy, x, tiling.rows, tiling.columns)
+    out_tiles, flat = None, out.view(-1, depth)
+    # The experts' matrices as one: a tile may not reach into the next one's rows.
+    if dy_tiles is not None and columns % tiling.rows == 0 and tma_ready(flat):
+        out_tiles = TensorDescriptor(flat, list(flat.shape), list(flat.stride()), [tiling.rows, tiling.columns])
     grid = (triton.cdiv(columns, tiling.rows) * triton.cdiv(depth, tiling.columns * tiling.sweep), experts)
     fp8_grouped_columns[grid](
-        dy, x, out, dy_tiles, x_tiles, dy_scale, x_scale, offsets,
+        dy, x, out, dy_tiles, x_tiles, out_tiles, dy_scale, x_scale, offsets,
         columns, depth, experts, dy.stride(0), x.stride(0), *dy_scale.stride(), *x_scale.stride(),
         BLOCK_E=triton.next_power_of_2(experts + 1), BLOCK_N=tiling.rows, BLOCK_K=tiling.columns, SWEEP=tiling.sweep,
-        TMA=dy_tiles is not None, num_warps=tiling.warps, num_stages=tiling.stages,
+        TMA=dy_tiles is not None, TMA_OUT=out_tiles is not None, num_warps=tiling.warps, num_stages=tiling.stages,
     )  # fmt: skip
     return out
 
@@ -75,7 +79,7 @@ def quantize_activation(x, group, scale_fmt, amax_floor, up=None):
     codes = torch.empty(rows, width, dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty(groups, rows, dtype=torch.float32, device=x.device).t()
     if codes.numel():
-        block = 16
+        block = 32
         quantize_rows[(triton.cdiv(rows, block), groups)](
             x, up, codes, scale, rows, width, x.stride(0), codes.stride(0), *scale.stride(),
             max(amax_floor, AMAX_FLOOR), BLOCK=block, GROUP=group, WIDE=triton.next_power_of_2(group),

@@ -24,7 +24,7 @@ def retile(x, x_scale, source, offsets, scale_fmt, amax_floor):
             *(x_scale.stride() if x_scale is not None else (0, 0)), codes.stride(0), *scale.stride(),
             max(amax_floor, AMAX_FLOOR), BLOCK=64, BLOCK_E=triton.next_power_of_2(experts + 1),
             POWER=scale_fmt is not None, SCALED=x_scale is not None, GATHER=source is not None,
-            GROUPED=offsets is not None, num_warps=4,
+            GROUPED=offsets is not None, num_warps=2,
         )  # fmt: skip
     return codes, scale
 

@@ -14,9 +14,10 @@ def rotate_queries(q, cos, sin, interleave, back):
     half = cos.shape[2] // 2
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if out.numel():
-        rotate_heads[(tokens, triton.cdiv(heads, HEADS), batch)](
+        some = HEADS // 2 if back else HEADS
+        rotate_heads[(tokens, triton.cdiv(heads, some), batch)](
             q, cos, sin, out, heads, tokens, width - 2 * half, half, *q.stride()[:3], *cos.stride()[:2],
-            INTERLEAVE=interleave, BACK=back, HEADS=HEADS, NOPE=triton.next_power_of_2(max(width - 2 * half, 1)),
+            INTERLEAVE=interleave, BACK=back, HEADS=some, NOPE=triton.next_power_of_2(max(width - 2 * half, 1)),
             HALF=triton.next_power_of_2(half), num_warps=4,
         )  # fmt: skip
     return out
