@@ -13,6 +13,9 @@ from typing import Any
 from .layout import is_moe_layer, layer_tensors, mlp_matrices, official_tensors
 
 BYTES = {"fp8": 1, "scale": 4, "bf16": 2, "f32": 4}
+# Bytes a number of bitsandbytes' NF4 with double quantisation: four bits, a byte for each 64 of them, a float32 for
+# each 256 of those bytes.
+NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)
 _WIDTHS = {"float8_e4m3fn": 1, "bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 
 

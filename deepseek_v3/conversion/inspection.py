@@ -10,7 +10,7 @@ from math import inf, prod
 from pathlib import Path
 from typing import Any
 
-from deepseek_v3.configuration.accounting import BYTES, Account, account
+from deepseek_v3.configuration.accounting import BYTES, NF4_BYTES, Account, account
 from deepseek_v3.configuration.layout import official_tensors
 from deepseek_v3.configuration.presets import recognise
 
@@ -26,9 +26,6 @@ Stored = Mapping[str, TensorInfo] | Mapping[str, View]
 
 _CONTEXT = 4096
 _SHOWN = 20
-# Bytes a number of bitsandbytes' NF4 with double quantisation: four bits, a byte for each 64 of them, a float32 for
-# each 256 of those bytes.
-_NF4 = 1 / 2 + 1 / 64 + 4 / (64 * 256)
 
 
 @dataclass
@@ -233,7 +230,7 @@ def _estimate(
         matrices = numbers["fp8"]
     # The router's bias stays float32 whatever the rest is loaded as.
     bf16 = 2 * parameters + 2 * numbers["f32"]
-    weights = {"bf16": bf16, "float32": 4 * parameters, "nf4": bf16 - 2 * matrices + round(_NF4 * matrices)}
+    weights = {"bf16": bf16, "float32": 4 * parameters, "nf4": bf16 - 2 * matrices + round(NF4_BYTES * matrices)}
     if result.precision == "fp8":
         stored = sum(BYTES[kind] * count for kind, count in numbers.items())
         weights = {"fp8": stored - 2 * copies, **weights}

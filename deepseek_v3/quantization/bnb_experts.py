@@ -21,6 +21,8 @@ STACKS = ("gate_up_proj", "down_proj")
 # With so many pairs an expert on average nearly all are reached; asking which would make the host wait.
 _MANY_ROWS = 4
 
+_DATA = vars(torch._C.TensorBase)["data"].__get__
+
 _REMEDY = (
     "the routed experts are packed by bitsandbytes, and an adapter cannot be merged into them. Load the base in BF16, "
     "the adapter over it, and merge there (deepseek-v3 finetune --merge does), or call model.dequantize() before "
@@ -29,32 +31,38 @@ _REMEDY = (
 
 
 class StackShape(nn.Parameter):
-    """Shape, dtype and device of a packed stack. It holds no numbers and takes no memory.
+    """Shape, dtype and device of a packed stack. It takes no memory, and whoever reads its numbers finds NaN.
 
     PEFT puts a sum of it and a delta in its place for the time of a forward; that sum is never computed.
     """
 
     def __new__(cls, shape: torch.Size, dtype: torch.dtype, device: Any) -> "StackShape":
-        return torch.Tensor._make_subclass(cls, torch.empty((), dtype=dtype, device=device).expand(shape), False)
+        nothing = torch.full((), float("nan"), dtype=dtype, device=device)
+        return torch.Tensor._make_subclass(cls, nothing.expand(shape), False)
 
     def element_size(self) -> int:
         return 0
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"StackShape({list(self.shape)}, {self.dtype}, {self.device})"
 
     def __deepcopy__(self, memo: Any) -> "StackShape":
         return StackShape(self.shape, self.dtype, self.device)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", "")
-        if name in ("add", "__add__", "baddbmm"):
-            return args[0]
-        if name in ("__iadd__", "add_", "__isub__", "sub_", "clone"):
-            raise ValueError(_REMEDY)
-        with torch._C.DisableTorchFunctionSubclass():
-            if name == "to" and isinstance(args[0], cls):
+        name, itself = getattr(func, "__name__", ""), args[0] if args else None
+        if isinstance(itself, cls):
+            if name in ("add", "baddbmm") or func == _DATA:
+                return itself
+            if name in ("__iadd__", "add_", "__isub__", "sub_", "clone"):
+                raise ValueError(_REMEDY)
+            if name == "to":
                 # Torch would write out what only has a shape.
-                like = args[0][(0,) * args[0].dim()].to(*args[1:], **(kwargs or {}))
-                return StackShape(args[0].shape, like.dtype, like.device)
+                with torch._C.DisableTorchFunctionSubclass():
+                    like = itself[(0,) * itself.dim()].to(*args[1:], **(kwargs or {}))
+                return StackShape(itself.shape, like.dtype, like.device)
+        with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 
 
@@ -127,6 +135,18 @@ class BnbExperts(nn.Module):
             buffer: Any = self._buffers[f"{name}_{suffix}"]
             parts[suffix] = buffer if experts is None else buffer.index_select(0, experts)
         return self.packing.unpack(parts, rows, columns, dtype)
+
+    def plain(self, config: Any, dtype: torch.dtype) -> nn.Module:
+        """The experts with the weights that are packed, in `dtype`, not packed any more."""
+        with torch.device("meta"):
+            experts: nn.Module = self.plain_class(config)
+        for name in STACKS:
+            setattr(experts, name, nn.Parameter(self.widened(name, dtype)))
+        return experts.train(self.training)
+
+    def nbytes(self) -> int:
+        """Bytes that codes and maxima take."""
+        return sum(buffer.nbytes for buffer in self.buffers(recurse=False))
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor

@@ -13,6 +13,8 @@ from typing import Any, Protocol
 
 import torch
 
+from ..configuration.accounting import NF4_BYTES
+
 BLOCK = 64
 # Of the blocks' absolute maxima, where they are quantised too.
 NESTED_BLOCK = 256
@@ -28,6 +30,8 @@ class Packing(Protocol):
     def label(self) -> str: ...
 
     def sizes(self, rows: int, columns: int) -> Sizes: ...
+
+    def bytes_a_number(self, columns: int) -> float: ...
 
     def pack(self, matrix: torch.Tensor) -> Parts: ...
 
@@ -59,6 +63,10 @@ class FourBit:
         outer = -(-blocks // NESTED_BLOCK)
         nested: Sizes = {"nested_absmax": ((outer,), torch.float32), "offset": ((), torch.float32)}
         return {**codes, "absmax": ((blocks,), torch.uint8), **nested}
+
+    def bytes_a_number(self, columns: int) -> float:
+        """Bytes that a packed number takes, in matrices of any width."""
+        return NF4_BYTES if self.nested else 1 / 2 + 4 / BLOCK
 
     def pack(self, matrix: torch.Tensor) -> Parts:
         """[N, K] in a dtype of 16 or 32 bits."""
@@ -116,6 +124,10 @@ class EightBit:
     def sizes(self, rows: int, columns: int) -> Sizes:
         """Suffix -> shape and dtype of what one matrix becomes."""
         return {"codes": ((rows, columns), torch.int8), "absmax": ((rows,), torch.float32)}
+
+    def bytes_a_number(self, columns: int) -> float:
+        """Bytes that a packed number takes, in matrices of this width."""
+        return 1 + 4 / columns
 
     def pack(self, matrix: torch.Tensor) -> Parts:
         """[N, K] of any floating dtype; bitsandbytes' own function would round it to float16 first."""

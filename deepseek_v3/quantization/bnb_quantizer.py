@@ -19,6 +19,7 @@ from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils import logging
 
+from ..configuration.accounting import account
 from .bnb_config import BNB_METHOD, BnbLoadingConfig
 from .bnb_experts import STACKS, BnbExperts
 from .bnb_packing import BLOCK, packing_of
@@ -101,11 +102,29 @@ class PacksExperts:
         plain = self.quantization_config.plain()
         self.quantization_config = model.config.quantization_config = plain
         model.quantization_method = plain.quant_method
-        for name, module in model.named_modules():
-            if isinstance(module, BnbExperts):
-                for stack in STACKS:
-                    _check_packed(f"{name}.{stack}", module, stack)
+        packed = {name: module for name, module in model.named_modules() if isinstance(module, BnbExperts)}
+        for name, module in packed.items():
+            for stack in STACKS:
+                _check_packed(f"{name}.{stack}", module, stack)
+        if packed:
+            logger.warning(_bill(list(packed.values()), model.config))
         return super()._process_model_after_weight_loading(model, **kwargs)  # type: ignore[misc]
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        """`model.dequantize()`: plain linears and experts with the weights that were packed.
+
+        Raises:
+            ValueError: adapters lie over them, which would still be those of packed layers.
+        """
+        if getattr(model, "peft_config", None):
+            raise ValueError(
+                "the model has adapters made for packed layers: call dequantize() on the base, then put the saved "
+                "adapter over it with PeftModel.from_pretrained"
+            )
+        for name, module in list(model.named_modules()):
+            if isinstance(module, BnbExperts):
+                model.set_submodule(name, module.plain(model.config, dtype or model.dtype))
+        return super()._dequantize(model, dtype=dtype)  # type: ignore[misc]
 
 
 def _narrow(model: nn.Module, skipped: list[str]) -> list[str]:
@@ -126,6 +145,21 @@ def _narrow(model: nn.Module, skipped: list[str]) -> list[str]:
             f"widths are no multiples of ({first}: {narrow[first]})."
         )
     return list(narrow)
+
+
+def _bill(packed: list[BnbExperts], config: Any) -> str:
+    """One line: the bytes of the packed experts beside what the accounting says of all that the model has."""
+    bill, packing = account(config), packed[0].packing
+    layers = bill.moe_layers + (config.num_nextn_predict_layers or 0)
+    third = config.n_routed_experts * layers * bill.expert_parameters / 3  # gate, up and down are of one size
+    widths = (config.hidden_size, config.hidden_size, config.moe_intermediate_size)
+    expected = sum(third * packing.bytes_a_number(width) for width in widths)
+    found = sum(experts.nbytes() for experts in packed)
+    return (
+        f"The routed experts of {len(packed)} layers are packed as {packing.label}: {found / 1e9:.3f} GB, "
+        f"{found / (3 * third):.3f} bytes a parameter; the accounting says {expected / 1e9:.3f} GB for {layers} "
+        f"layers, and {6 * third / 1e9:.3f} GB in BF16."
+    )
 
 
 def _are_experts(name: str, module: nn.Module) -> bool:
