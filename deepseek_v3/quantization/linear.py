@@ -86,7 +86,8 @@ class CodesModule(nn.Module):
         for name, parameter in list(self._parameters.items()):
             if parameter is not None and (parameter.dtype == FP8 or name.endswith("_scale_inv")):
                 parameter.requires_grad_(False)
-                self._parameters[name] = Codes(parameter) if parameter.dtype == FP8 else parameter
+                plain = parameter.dtype == FP8 and type(parameter) is nn.Parameter
+                self._parameters[name] = Codes(parameter) if plain else parameter
 
     def adapted(self, name: str) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """The codes called `name`, and the changes, of the same shape, to the matrices that they stand for.
@@ -117,7 +118,9 @@ class CodesModule(nn.Module):
             # As integers they are moved like any other tensor and cast by nothing.
             return fn(tensor.view(torch.uint8)).view(tensor.dtype)
 
-        return super()._apply(guarded, recurse)
+        super()._apply(guarded, recurse)
+        self.freeze()  # another device may have made new parameters
+        return self
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest: Any) -> None:
         for name, parameter in self.named_parameters(recurse=False):

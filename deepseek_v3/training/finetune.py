@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Traine
 
 from ..quantization import FP8Config, is_fp8
 from .balance import ROUTER_BIAS_FILE, RouterBalanceCallback, load_router_bias, save_router_bias
-from .finetune_data import PaddingCollator, load_files, prepare
+from .checks import base_fingerprint, check_base, check_dtypes, save_fingerprint
+from .finetune_data import LONG, PaddingCollator, load_files, prepare
 from .lora import PRESETS, lora_target_modules, named_targets
 from .report import plot_losses
 
@@ -42,7 +44,10 @@ class FinetuneSettings:
         rank, alpha: of the adapter, its changes scaled by alpha / rank.
         adapter: folder of an adapter to go on with, instead of a new one.
         merge: "bf16" or "fp8" also writes the merged model, in the official layout, to `output`/merged.
+        eval_data: files like `data` that are not learnt: their loss is measured before, during and after training.
         max_length: tokens in a document, and in a packed row.
+        long_documents: "cut" leaves out what goes beyond, "split" makes documents of it (for texts; of a conversation
+            the later parts lack their beginning).
         packing: join documents into rows.
         stream: read the data while training; needs `steps`.
         epochs, steps: how long; steps where given.
@@ -63,7 +68,9 @@ class FinetuneSettings:
     alpha: int = 32
     adapter: str | None = None
     merge: str | None = None
+    eval_data: list[str] = field(default_factory=list)
     max_length: int = 2048
+    long_documents: str = "cut"
     packing: bool = True
     stream: bool = False
     epochs: float = 1.0
@@ -84,7 +91,8 @@ def check_settings(settings: FinetuneSettings) -> None:
     """Raise ValueError or FileNotFoundError for settings that cannot work, before anything is loaded."""
     if not os.path.isfile(os.path.join(settings.model, "config.json")):
         raise FileNotFoundError(f"{settings.model} is no model folder (it has no config.json); train or convert one")
-    choices = {"method": METHODS, "merge": (None, *MERGES), "dtype": ("", "float32", "bfloat16")}
+    choices: dict[str, tuple[Any, ...]] = {"method": METHODS, "merge": (None, *MERGES), "long_documents": LONG}
+    choices["dtype"] = ("", "float32", "bfloat16")
     for name, known in choices.items():
         if getattr(settings, name) not in known:
             raise ValueError(
@@ -179,6 +187,7 @@ def continue_adapter(base: Any, folder: str) -> Any:
     for name in sorted(wanted.keys() | given.keys()):
         if wanted.get(name) != given.get(name):
             raise ValueError(f"{other}{name} has shape {given.get(name)} there and {wanted.get(name)} here")
+    check_base(base, folder)
     set_peft_model_state_dict(model, weights)
     if os.path.isfile(os.path.join(folder, ROUTER_BIAS_FILE)):
         load_router_bias(model, folder)
@@ -199,6 +208,10 @@ def training_arguments(settings: FinetuneSettings) -> TrainingArguments:
         warmup_steps=settings.warmup,
         max_grad_norm=1.0,
         logging_steps=1 if (settings.steps or 100) < 100 else 10,
+        eval_strategy="steps" if settings.eval_data else "no",
+        eval_steps=0.1,
+        eval_on_start=bool(settings.eval_data),
+        per_device_eval_batch_size=settings.batch,
         save_strategy="steps" if settings.save_steps else "no",
         save_steps=settings.save_steps or 500,
         save_total_limit=2,
@@ -227,18 +240,23 @@ def finetune(settings: FinetuneSettings, say: Callable[[str], None] = print) -> 
     check_settings(settings)
     set_seed(settings.seed)
     tokenizer = AutoTokenizer.from_pretrained(settings.model)
-    dataset = prepare(load_files(settings.data, settings.stream), tokenizer, settings.max_length, settings.packing)
+    counts: Counter[str] = Counter()
+    dataset, evaluated = datasets_of(settings, tokenizer, counts)
     summary: dict[str, Any] = {"method": settings.method, "base": settings.model, "data": settings.data}
-    summary |= {} if settings.stream else _counted(dataset)
+    summary |= {} if settings.stream else _counted(dataset, counts)
     base = load_base(settings)
+    fingerprint = base_fingerprint(base)
     model = base if settings.method == "full" else with_adapter(base, settings)
+    check_dtypes(model)
     summary |= _parameters(model)
     say(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in summary.items()))
+    _say_lost(settings, counts, say)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     trainer = Trainer(
         model=model,
         args=training_arguments(settings),
         train_dataset=dataset,
+        eval_dataset=evaluated,
         data_collator=PaddingCollator(pad),
         processing_class=tokenizer,
         callbacks=[RouterBalanceCallback(settings.router_bias_rate)],
@@ -246,7 +264,12 @@ def finetune(settings: FinetuneSettings, say: Callable[[str], None] = print) -> 
     start = time.monotonic()
     trainer.train(resume_from_checkpoint=settings.resume or None)
     summary |= _measured(trainer, time.monotonic() - start)
+    if settings.stream:
+        summary |= counts
+        _say_lost(settings, counts, say)
     trainer.save_model(settings.output)
+    if settings.method != "full":
+        save_fingerprint(fingerprint, settings.output)
     if settings.method != "full" and settings.router_bias_rate:
         save_router_bias(model, settings.output)
     if settings.merge:
@@ -257,12 +280,36 @@ def finetune(settings: FinetuneSettings, say: Callable[[str], None] = print) -> 
     return summary
 
 
-def _counted(dataset: Any) -> dict[str, int]:
+def datasets_of(settings: FinetuneSettings, tokenizer: Any, counts: Counter[str]) -> tuple[Any, Any]:
+    """What is learnt, counted in `counts`, and what is only measured (None without `eval_data`)."""
+    how = (settings.max_length, settings.packing, settings.long_documents)
+    learnt = prepare(load_files(settings.data, settings.stream), tokenizer, *how, counts)
+    if not settings.eval_data:
+        return learnt, None
+    try:
+        return learnt, prepare(load_files(settings.eval_data, option="--eval-data"), tokenizer, *how)
+    except ValueError as error:
+        raise ValueError(f"--eval-data {', '.join(settings.eval_data)}: {error}") from error
+
+
+def _say_lost(settings: FinetuneSettings, counts: Counter[str], say: Callable[[str], None]) -> None:
+    """What of the documents is not learnt as it was given."""
+    long, total, left_out = (counts[name] for name in ("long_documents", "documents", "documents_left_out"))
+    if long and settings.long_documents == "cut":
+        say(
+            f"{long} of {total} documents are longer than {settings.max_length} tokens and were cut: raise "
+            "--max-length or choose --long-documents split"
+        )
+    if left_out:
+        say(f"{left_out} of {total} documents have nothing to learn in what is kept of them, and were left out")
+
+
+def _counted(dataset: Any, counts: Counter[str]) -> dict[str, int]:
     rows, tokens, learnt = 0, 0, 0
     for labels in dataset["labels"]:
         rows, tokens = rows + 1, tokens + len(labels)
         learnt += sum(label >= 0 for label in labels)
-    return {"rows": rows, "tokens": tokens, "learnt_tokens": learnt}
+    return {**counts, "rows": rows, "tokens": tokens, "learnt_tokens": learnt}
 
 
 def _parameters(model: Any) -> dict[str, int]:
@@ -277,6 +324,8 @@ def _measured(trainer: Trainer, seconds: float) -> dict[str, Any]:
     plot_losses(os.path.join(str(trainer.args.output_dir), "loss.png"), history)
     measured = {"steps": trainer.state.global_step, "first_loss": losses[0], "last_loss": losses[-1]}
     measured |= {name: last[name] for name in ("main_loss", "mtp_loss", "max_vio") if name in last}
+    held_out = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    measured |= {"first_eval_loss": held_out[0], "last_eval_loss": held_out[-1]} if held_out else {}
     measured["seconds"] = round(seconds, 1)
     if torch.cuda.is_available():
         measured["peak_gpu_bytes"] = torch.cuda.max_memory_allocated()
@@ -322,10 +371,15 @@ def model_card(settings: FinetuneSettings, summary: dict[str, Any]) -> str:
         f"---\n{front}\ntags: [deepseek_v3, {settings.method}]\n---\n\n"
         f"# {Path(settings.output).resolve().name}\n\n"
         f"{'LoRA adapter' if adapter else 'Fine-tuned model'}, made with `deepseek-v3 finetune --method "
-        f"{settings.method}`. The loss is of training, on {', '.join(Path(name).name for name in settings.data)}; "
-        "nothing else was measured.\n\n"
+        f"{settings.method}`. {_losses_are_of(settings)}\n\n"
         f"| | |\n|---|---|\n{rows}\n\n![training loss](loss.png)\n\n```python\n{_usage(settings)}```\n"
     )
+
+
+def _losses_are_of(settings: FinetuneSettings) -> str:
+    names = [", ".join(Path(name).name for name in files) for files in (settings.data, settings.eval_data)]
+    held_out = f"the eval loss is on {names[1]}, which was not learnt. " if names[1] else ""
+    return f"The loss is of training, on {names[0]}; {held_out}" + ("" if held_out else "nothing else was measured.")
 
 
 def _usage(settings: FinetuneSettings) -> str:

@@ -25,7 +25,11 @@ def add_commands(commands: Any) -> None:
     )
     parser.add_argument("--adapter", help="folder of an adapter to go on with")
     parser.add_argument("--merge", help="bf16 or fp8: also write the merged model to OUTPUT/merged")
+    parser.add_argument(
+        "--eval-data", nargs="+", default=[], metavar="FILE", help="not learnt: its loss is measured along the way"
+    )
     parser.add_argument("--max-length", type=int, default=2048, help="tokens of a row (default: %(default)s)")
+    parser.add_argument("--long-documents", default="cut", help="cut or split what is longer (default: %(default)s)")
     parser.add_argument("--no-packing", dest="packing", action="store_false", help="one document a row, padded")
     parser.add_argument("--stream", action="store_true", help="read the data while training; needs --steps")
     parser.add_argument("--epochs", type=float, default=1.0, help="default: %(default)s")

@@ -6,6 +6,7 @@ rewrites earlier turns is refused instead of masked wrongly. Packed documents ke
 attention and MTP tell them apart.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +17,20 @@ import torch
 
 from ..modeling_deepseek_v3.losses import IGNORE_INDEX
 
+LONG = ("cut", "split")
 _LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text", ".md": "text"}
+_ROW = {name: datasets.List(datasets.Value("int64")) for name in ("input_ids", "labels")}
+_PACKED = {**_ROW, "position_ids": _ROW["labels"]}
 Encoded = dict[str, list[int]]
 
 
-def load_files(files: Sequence[str | Path], stream: bool = False) -> Any:
+def load_files(files: Sequence[str | Path], stream: bool = False, option: str = "--data") -> Any:
     """The rows of JSON, JSONL, Parquet or text files (a document each), through `datasets`.
+
+    Args:
+        files: their paths.
+        stream: read them as they are used.
+        option: what errors call them.
 
     Raises:
         FileNotFoundError: a file that does not exist.
@@ -34,7 +43,7 @@ def load_files(files: Sequence[str | Path], stream: bool = False) -> Any:
     kinds = {_LOADERS.get(path.suffix) for path in paths}
     if None in kinds or len(kinds) != 1:
         names = ", ".join(sorted({path.suffix or path.name for path in paths}))
-        raise ValueError(f"--data holds {names}: give files of one kind, among {', '.join(_LOADERS)}")
+        raise ValueError(f"{option} holds {names}: give files of one kind, among {', '.join(_LOADERS)}")
     kind = str(kinds.pop())
     options = {"sample_by": "document"} if kind == "text" else {}
     try:
@@ -63,23 +72,38 @@ def encoder(columns: Sequence[str], tokenizer: Any) -> Callable[[dict[str, Any]]
                 "the data has a column 'messages' and the tokenizer no chat template. Set tokenizer.chat_template and "
                 "save it with the model, or give the columns 'prompt' and 'completion'"
             )
-        return lambda row: encode_chat(row["messages"], tokenizer)
+        return lambda row: encode_chat(_given(row, "messages"), tokenizer)
     if "prompt" in columns and "completion" in columns:
-        return lambda row: encode_pair(row["prompt"], row["completion"], tokenizer)
+        return lambda row: encode_pair(_given(row, "prompt"), _given(row, "completion"), tokenizer)
     if "text" in columns:
-        return lambda row: _whole([*_bos(tokenizer), *_ids(tokenizer, row["text"]), tokenizer.eos_token_id])
+        return lambda row: _whole([*_bos(tokenizer), *_ids(tokenizer, _given(row, "text")), tokenizer.eos_token_id])
     raise ValueError(
         f"the data has the columns {', '.join(map(repr, columns))}; needed is 'messages', or 'prompt' and "
         "'completion', or 'text'. Rename yours"
     )
 
 
+def _given(row: dict[str, Any], column: str) -> Any:
+    """A row's value of a column that other rows have.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if row.get(column) is None:
+        raise ValueError(f"a row has no {column!r}, as others have: {str(row)[:200]}. Complete it or leave it out")
+    return row[column]
+
+
 def encode_chat(messages: list[dict[str, Any]], tokenizer: Any) -> Encoded:
     """A conversation through the tokenizer's chat template, the labels those of the assistant's words.
 
     Raises:
-        ValueError: a template without generation markers that shows earlier turns otherwise once others follow.
+        ValueError: messages without role or content; a template without generation markers that shows earlier turns
+            otherwise once others follow.
     """
+    for message in messages:
+        if not isinstance(message, dict) or message.get("role") is None or "content" not in message:
+            raise ValueError(f"a message has no 'role' or no 'content': {str(message)[:200]}")
     if "generation %}" in tokenizer.chat_template or "generation -%}" in tokenizer.chat_template:
         encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
         return _masked(encoded["input_ids"], encoded["assistant_masks"])
@@ -157,28 +181,75 @@ def pack(batch: dict[str, list[list[int]]], length: int) -> dict[str, list[list[
     return {name: [row[name] for row in rows] for name in ("input_ids", "labels", "position_ids")}
 
 
-def prepare(rows: Any, tokenizer: Any, length: int, packing: bool = True) -> Any:
-    """Rows of files as a dataset for `Trainer`: encoded, cut at `length` tokens, those without a label left out.
+def fit(document: Encoded, length: int, long_documents: str = "cut") -> list[Encoded]:
+    """A document as pieces of at most `length` tokens.
+
+    Cut, what follows is lost. Split, a piece begins with the last token of the one before it, so that every token but
+    the document's first is predicted in one piece, from what that piece holds.
+
+    Args:
+        document: `input_ids` and `labels`.
+        length: at least 2.
+        long_documents: "cut" or "split".
+    """
+    total = len(document["input_ids"])
+    starts = range(0, max(1, total - 1), length - 1) if long_documents == "split" else [0]
+    return [{name: ids[start : start + length] for name, ids in document.items()} for start in starts]
+
+
+def prepare(
+    rows: Any,
+    tokenizer: Any,
+    length: int,
+    packing: bool = True,
+    long_documents: str = "cut",
+    counts: Counter[str] | None = None,
+) -> Any:
+    """Rows of files as a dataset for `Trainer`: encoded, of at most `length` tokens, those without a label left out.
+
+    Args:
+        rows: of `load_files`.
+        tokenizer: with a chat template for conversations.
+        length: tokens in a row.
+        packing: join documents into rows.
+        long_documents: "cut" or "split", see `fit`.
+        counts: takes how many `documents` were read, were longer than `length` (`long_documents`), and had nothing to
+            learn (`documents_left_out`); of a stream, as far as it is read.
 
     Raises:
-        ValueError: as of `encoder`; nothing is left to learn.
+        ValueError: as of `encoder`; another `long_documents`; nothing is left to learn.
     """
+    if long_documents not in LONG or length < 2:
+        raise ValueError(f"long_documents = {long_documents!r}, length = {length}: choose cut or split, and 2 or more")
     columns = list(next(iter(rows)))
-    encode = encoder(columns, tokenizer)
+    encode, seen = encoder(columns, tokenizer), Counter() if counts is None else counts
 
-    def cut(row: dict[str, Any]) -> Encoded:
-        return {name: ids[:length] for name, ids in encode(row).items()}
+    def pieces(batch: dict[str, list[Any]]) -> dict[str, list[list[int]]]:
+        kept: list[Encoded] = []
+        for values in zip(*batch.values(), strict=True):
+            document = encode(dict(zip(batch, values, strict=True)))
+            learnt = [piece for piece in fit(document, length, long_documents) if _is_learnt(piece)]
+            seen["documents"] += 1
+            seen["long_documents"] += len(document["input_ids"]) > length
+            seen["documents_left_out"] += not learnt
+            kept += learnt
+        return {name: [piece[name] for piece in kept] for name in ("input_ids", "labels")}
 
-    fresh = {} if isinstance(rows, datasets.IterableDataset) else {"load_from_cache_file": False}
-    encoded = rows.map(cut, remove_columns=columns, **fresh)
-    learnt = encoded.filter(_is_learnt, **fresh)
-    if next(iter(learnt.take(1) if fresh == {} else learnt), None) is None:
+    streamed = isinstance(rows, datasets.IterableDataset)
+    fresh: dict[str, Any] = {} if streamed else {"load_from_cache_file": False}
+    # Named types: the first thousand rows may have nothing to learn, and tell none.
+    fresh["features"] = datasets.Features(_ROW)
+    learnt = rows.map(pieces, batched=True, remove_columns=columns, **fresh)
+    if next(iter(learnt), None) is None:
         raise ValueError(
             f"every label is masked: no row has a token to learn in its first {length}. Look for assistant turns in "
             "the messages, or raise --max-length"
         )
+    if streamed:
+        seen.clear()  # the first rows of a stream will be read again
     if not packing:
         return learnt
+    fresh["features"] = datasets.Features(_PACKED)
     return learnt.map(lambda batch: pack(batch, length), batched=True, batch_size=1000, **fresh)
 
 

@@ -50,6 +50,11 @@ def _losses(axis: Any, history: list[dict[str, Any]]) -> None:
     axis.plot(steps, [entry["main_loss"] for entry in rows], color=_BLUE, label="main: next token")
     if any("mtp_loss" in entry for entry in rows):
         axis.plot(steps, [entry.get("mtp_loss") for entry in rows], color=_ORANGE, label="MTP: the token after")
+    held_out = [entry for entry in history if "eval_loss" in entry]
+    if held_out:
+        points = [entry["eval_loss"] for entry in held_out]
+        label = "held-out data: main, MTP and balance together"
+        axis.plot([e["step"] for e in held_out], points, color=_GREY, marker="o", markersize=3, label=label)
     axis.set(title="Training loss", xlabel="step", ylabel="nats a token")
     axis.grid(alpha=0.3)
     axis.legend()

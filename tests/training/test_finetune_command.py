@@ -14,6 +14,7 @@ from deepseek_v3.cli import main
 from deepseek_v3.configuration import preset
 from deepseek_v3.training.balance import load_router_bias, routers_of
 from deepseek_v3.training.data import train_tokenizer
+from deepseek_v3.training.finetune_data import encode_chat
 from twins import spread_weights
 
 WORDS = ["two and two is four", "one and one is two", "three and one is four"]
@@ -129,6 +130,47 @@ def test_it_resumes_and_goes_on_with_an_adapter(folders, tmp_path):
     assert more["first_loss"] < whole["first_loss"] - 0.2
 
 
+def test_what_is_not_learnt_is_measured_before_and_after(folders, tmp_path, capsys):
+    messages = [{"role": "user", "content": "three and one"}, {"role": "assistant", "content": "four"}]
+    (tmp_path / "held.jsonl").write_text(json.dumps({"messages": messages}))
+    assert run(folders, tmp_path / "out", "--eval-data", str(tmp_path / "held.jsonl")) == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["last_eval_loss"] < summary["first_eval_loss"] - 0.1
+    # Before any step it is the base's loss.
+    tokenizer = AutoTokenizer.from_pretrained(folders / "bf16")
+    row = encode_chat(messages, tokenizer)
+    base = AutoModelForCausalLM.from_pretrained(folders / "bf16").eval()
+    with torch.no_grad():
+        expected = base(**{name: torch.tensor([values]) for name, values in row.items()}).loss
+    assert summary["first_eval_loss"] == pytest.approx(float(expected), rel=1e-2)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "the eval loss is on held.jsonl, which was not learnt" in card and "nothing else was" not in card
+    plain = tmp_path / "plain"
+    assert run(folders, plain) == 0
+    assert (plain / "loss.png").read_bytes() != (tmp_path / "out" / "loss.png").read_bytes()
+    assert json.loads((plain / "summary.json").read_text())["last_loss"] == summary["last_loss"]
+    (tmp_path / "held.jsonl").write_text(json.dumps({"question": "x"}))
+    assert run(folders, tmp_path / "no", "--eval-data", str(tmp_path / "held.jsonl")) == 2
+    assert "--eval-data" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("stream", [[], ["--stream"]], ids=["whole", "stream"])
+def test_long_documents_are_told_of(stream, folders, tmp_path, capsys):
+    options = ["--max-length", "12", "--steps", "8", *stream]
+    assert run(folders, tmp_path / "cut", *options) == 0
+    said = capsys.readouterr().out
+    cut = json.loads((tmp_path / "cut" / "summary.json").read_text())
+    assert cut["long_documents"] > 0 and cut["documents"] >= 24
+    told = f"{cut['long_documents']} of {cut['documents']} documents are longer than 12 tokens and were cut"
+    assert told in said and "--long-documents split" in said
+    assert run(folders, tmp_path / "split", *options, "--long-documents", "split") == 0
+    assert "were cut" not in capsys.readouterr().out
+    split = json.loads((tmp_path / "split" / "summary.json").read_text())
+    assert split["long_documents"] > 0
+    if not stream:
+        assert split["learnt_tokens"] > cut["learnt_tokens"]
+
+
 def test_named_targets_are_what_is_adapted(folders, tmp_path):
     assert run(folders, tmp_path, "--targets", "o_proj", "shared_experts.up_proj", "experts.down_proj") == 0
     with safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:
@@ -145,6 +187,8 @@ def test_named_targets_are_what_is_adapted(folders, tmp_path):
         (["--targets", "gate"], "chat.jsonl", "the target 'gate' matches no linear layer and no experts"),
         (["--targets", "o_proj", "w1"], "chat.jsonl", "the target 'w1' matches no linear"),
         (["--method", "dpo"], "chat.jsonl", "method = 'dpo': choose lora or qlora or full"),
+        (["--long-documents", "drop"], "chat.jsonl", "long_documents = 'drop': choose cut or split"),
+        (["--eval-data", "nowhere.jsonl"], "chat.jsonl", "nowhere.jsonl does not exist"),
         (["--merge", "int4"], "chat.jsonl", "merge = 'int4': choose bf16 or fp8"),
         (["--method", "full", "--targets", "all"], "chat.jsonl", "'full' trains every weight"),
         (["--adapter", "nowhere"], "chat.jsonl", "nowhere is no adapter folder"),
