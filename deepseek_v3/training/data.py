@@ -1,5 +1,6 @@
 """From text files to packed training blocks: reading, holding out, a byte-level BPE tokenizer, packing."""
 
+import contextlib
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -9,6 +10,9 @@ import datasets
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from .finetune_data import load_files
+
+ROW_FILES = (".json", ".jsonl", ".parquet")
 BOS, EOS, PAD = "<|begin|>", "<|end|>", "<|pad|>"
 
 
@@ -33,19 +37,55 @@ def text_files(sources: Sequence[str | Path], suffixes: Sequence[str] = (".txt",
 
 
 def read_texts(files: Iterable[Path], limit_bytes: int | None = None) -> Iterator[tuple[Path, str]]:
-    """(file, text) of every file that is UTF-8 and not empty, until `limit_bytes` are read."""
+    """(file, text) of every file that is UTF-8 and not empty, until `limit_bytes` are read.
+
+    JSON, JSONL and Parquet files give each row's `text`, under the name FILE#ROW.
+    """
     total = 0
     for file in files:
-        try:
-            text = file.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            continue  # not text
-        if not text.strip():
-            continue
-        total += len(text.encode())
-        if limit_bytes is not None and total > limit_bytes:
-            return
-        yield file, text
+        for name, text in _texts_of(file):
+            if not text.strip():
+                continue
+            total += len(text.encode())
+            if limit_bytes is not None and total > limit_bytes:
+                return
+            yield name, text
+
+
+def _texts_of(file: Path) -> Iterator[tuple[Path, str]]:
+    if file.suffix in ROW_FILES:
+        for index, row in enumerate(text_rows([file])):
+            yield file.with_name(f"{file.name}#{index}"), text_of(row)
+        return
+    with contextlib.suppress(UnicodeDecodeError):  # not text
+        yield file, file.read_text(encoding="utf-8")
+
+
+def text_rows(files: Sequence[Path]) -> datasets.IterableDataset:
+    """The rows of JSON, JSONL or Parquet files of one kind, read as they are used.
+
+    Raises:
+        ValueError: the rows have no column `text`.
+    """
+    rows: datasets.IterableDataset = load_files(files, stream=True)
+    columns = list(next(iter(rows)))
+    if "text" not in columns:
+        raise ValueError(
+            f"{files[0]} has the columns {', '.join(map(repr, columns))}, and needed is 'text'. Rename yours"
+        )
+    return rows
+
+
+def text_of(row: dict[str, Any]) -> str:
+    """A row's text, empty where it has none.
+
+    Raises:
+        ValueError: it is something else than text.
+    """
+    text = row.get("text")
+    if not isinstance(text, str | None):
+        raise ValueError(f"a row's 'text' is a {type(text).__name__}: {str(text)[:100]!r}. Write text there")
+    return text or ""
 
 
 def split_texts(texts: Iterable[tuple[Path, str]], held_out: float) -> tuple[list[str], list[tuple[Path, str]]]:
@@ -59,14 +99,30 @@ def split_texts(texts: Iterable[tuple[Path, str]], held_out: float) -> tuple[lis
         if digest in seen:
             continue
         seen.add(digest)
-        draw = int.from_bytes(hashlib.sha256(path.name.encode()).digest()[:4], "big") / 2**32
-        if draw < held_out:
+        if draw(path.name) < held_out:
             kept.append((path, text))
         else:
             train.append(text)
     if not train or (held_out > 0 and not kept):
         raise ValueError(f"{len(train) + len(kept)} texts are too few to hold out {held_out:.0%} of them; add files")
     return train, kept
+
+
+def draw(name: str) -> float:
+    """A number from 0 to below 1 that depends on nothing but `name`."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") / 2**32
+
+
+def head(texts: Iterable[str], size: int) -> list[str]:
+    """The first texts until they have `size` bytes; the last of them is cut."""
+    kept: list[str] = []
+    for text in texts:
+        data = text.encode()
+        kept.append(data[:size].decode(errors="ignore"))
+        size -= len(data)
+        if size <= 0:
+            break
+    return kept
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:

@@ -13,7 +13,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..modeling_deepseek_v3 import DeepseekV3ForCausalLM
-from ..modeling_deepseek_v3.losses import cross_entropy_sum
+from ..modeling_deepseek_v3.losses import IGNORE_INDEX, cross_entropy_sum
 from .balance import routers_of
 
 
@@ -71,24 +71,27 @@ def mtp_acceptance(model: DeepseekV3ForCausalLM, blocks: Iterable[list[int]]) ->
         model: a causal language model with MTP modules.
         blocks: token ids, each block on its own.
     """
-    accepted: torch.Tensor | None = None
-    rows = 0
+    counted = []
     for block in blocks:
-        tokens = torch.tensor([block], device=model.device)
-        output = model(tokens, output_mtp_logits=True, use_cache=False)
-        depths = len(output.mtp_logits)
-        choices = output.logits[0].argmax(-1)  # [T], row i choosing token i + 1
-        usable = len(block) - depths
-        hits = torch.stack(
-            [draft[0, :usable].argmax(-1) == choices[k : k + usable] for k, draft in enumerate(output.mtp_logits, 1)]
-        )
-        chain = hits.long().cumprod(dim=0).sum(dim=1)
-        accepted = chain if accepted is None else accepted + chain
-        rows += usable
-    if accepted is None or rows <= 0:
+        output = model(torch.tensor([block], device=model.device), output_mtp_logits=True, use_cache=False)
+        counted.append(_accepted(output))
+    return _rates(counted)
+
+
+def _accepted(output: Any) -> list[int]:
+    """Of one row: drafts that can be judged, then how many are accepted at depth 1, 2, ..."""
+    choices = output.logits[0].argmax(-1)  # [T], row i choosing token i + 1
+    usable = max(0, len(choices) - len(output.mtp_logits))
+    drafts = [draft[0, :usable].argmax(-1) for draft in output.mtp_logits]
+    hits = torch.stack([draft == choices[k : k + usable] for k, draft in enumerate(drafts, 1)])
+    return [usable, *hits.long().cumprod(dim=0).sum(dim=1).tolist()]
+
+
+def _rates(counted: list[list[int]]) -> list[float]:
+    totals = [sum(column) for column in zip(*counted, strict=True)]
+    if not totals or totals[0] <= 0:
         raise ValueError("mtp_acceptance: no block is longer than the model's number of MTP modules")
-    before = [rows, *accepted.tolist()[:-1]]
-    return [done / tried if tried else 0.0 for done, tried in zip(accepted.tolist(), before, strict=True)]
+    return [done / tried if tried else 0.0 for tried, done in zip(totals, totals[1:], strict=False)]
 
 
 @torch.inference_mode()
@@ -100,6 +103,19 @@ def expert_shares(model: Any, blocks: Iterable[list[int]], biased: bool = True) 
         blocks: token ids, each block on its own.
         biased: False routes by the plain scores, as if the selection bias had never been learnt.
     """
+    with _expert_counts(model) as counts, _biases(routers_of(model), biased):
+        for block in blocks:
+            model(torch.tensor([block], device=model.device), use_cache=False)
+    return _shares(counts)
+
+
+def _shares(counts: list[torch.Tensor]) -> list[list[float]]:
+    return [(count / count.sum()).tolist() for count in counts if count.sum() > 0]
+
+
+@contextmanager
+def _expert_counts(model: Any) -> Any:
+    """Pairs of token and expert, [E] for each router, that are chosen inside of the context."""
     routers = routers_of(model)
     counts = [torch.zeros(router.num_experts) for router in routers]
 
@@ -111,13 +127,10 @@ def expert_shares(model: Any, blocks: Iterable[list[int]], biased: bool = True) 
 
     hooks = [router.register_forward_hook(count(index)) for index, router in enumerate(routers)]
     try:
-        with _biases(routers, biased):
-            for block in blocks:
-                model(torch.tensor([block], device=model.device), use_cache=False)
+        yield counts
     finally:
         for hook in hooks:
             hook.remove()
-    return [(count / count.sum()).tolist() for count in counts if count.sum() > 0]
 
 
 @contextmanager
@@ -137,3 +150,48 @@ def max_violation(shares: Iterable[list[float]]) -> float:
     """MaxVio: largest load over the mean load, minus 1, averaged over the layers; 0 is perfect balance."""
     violations = [max(layer) * len(layer) - 1 for layer in shares]
     return sum(violations) / len(violations)
+
+
+@torch.no_grad()
+def held_out_measures(model: Any, tokenizer: Any, texts: list[str], blocks: Iterable[Any]) -> dict[str, float]:
+    """What a run logs about held-out text, the model as in `eval()`, its mode left as it was.
+
+    Args:
+        model: a causal language model, in training or not.
+        tokenizer: its tokenizer, with a BOS token.
+        texts: for the bits per byte.
+        blocks: the same texts packed as for training: `input_ids` [T] and, with documents apart, `position_ids`.
+
+    Returns:
+        `main_loss`, nats a token; `bits_per_byte`; with MTP modules `mtp_acceptance_K` for each depth K from 1; with
+        experts `max_vio`.
+    """
+    training = model.training
+    model.eval()
+    try:
+        measures = _measure_blocks(model, blocks)
+        length = max(len(block["input_ids"]) for block in blocks)
+        return {**measures, "bits_per_byte": bits_per_byte(model, tokenizer, texts, length)}
+    finally:
+        model.train(training)
+
+
+def _measure_blocks(model: Any, blocks: Iterable[Any]) -> dict[str, float]:
+    nats, targets, accepted = 0.0, 0, []
+    with _expert_counts(model) as counts:
+        for block in blocks:
+            names = [name for name in ("input_ids", "position_ids") if name in block]
+            inputs = {name: torch.tensor([block[name]], device=model.device) for name in names}
+            output = model(**inputs, output_mtp_logits=True, use_cache=False)
+            labels = inputs["input_ids"][0, 1:].clone()
+            if "position_ids" in inputs:
+                labels[inputs["position_ids"][0, 1:] == 0] = IGNORE_INDEX
+            nats += cross_entropy_sum(output.logits[0, :-1], labels).item()
+            targets += int((labels != IGNORE_INDEX).sum())
+            if output.mtp_logits:
+                accepted.append(_accepted(output))
+    measures = {"main_loss": nats / max(1, targets)}
+    if accepted:
+        measures |= {f"mtp_acceptance_{depth}": rate for depth, rate in enumerate(_rates(accepted), 1)}
+    shares = _shares(counts)
+    return {**measures, "max_vio": max_violation(shares)} if shares else measures

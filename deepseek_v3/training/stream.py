@@ -1,0 +1,194 @@
+"""Texts read, shuffled and packed while training, from where a checkpoint stopped.
+
+Special about it: the place of every block is a few numbers, so that a checkpoint holds no text and resuming reads
+almost nothing again. Texts are shuffled in windows: `shuffle_buffer` of them are read and permuted by the seed, the
+pass and the window's number, then the next. A place is a window, with the source's own state at its start, a text in
+it and a token in that text.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from transformers.trainer_callback import ExportableState, TrainerCallback
+
+from .data import ROW_FILES, draw, read_texts, text_files, text_of, text_rows
+
+# Texts that the tokenizer gets at once.
+_GROUP = 32
+_TEXTS = (".txt", ".py", ".md")
+
+
+def stream_files(sources: Sequence[str]) -> list[Path]:
+    """The files among `sources` and below its folders that hold texts, all of one kind.
+
+    Raises:
+        FileNotFoundError: a source does not exist.
+        ValueError: there is no such file, or they are of several kinds.
+    """
+    files = text_files(sources, (*_TEXTS, *ROW_FILES))
+    kinds = {file.suffix if file.suffix in ROW_FILES else "text" for file in files}
+    if len(kinds) > 1:
+        raise ValueError(
+            f"--data holds {' and '.join(sorted(kinds))} files: name those of one kind, as in data/*.jsonl"
+        )
+    return files
+
+
+def open_source(files: Sequence[Path]) -> datasets.IterableDataset:
+    """Rows with a `text` each, in the order of the files, with a state that `datasets` can go on from."""
+    if files[0].suffix in ROW_FILES:
+        return text_rows(files)
+    return datasets.IterableDataset.from_generator(_whole_files, gen_kwargs={"files": [str(file) for file in files]})
+
+
+def _whole_files(files: list[str]) -> Iterator[dict[str, str]]:
+    for _, text in read_texts(map(Path, files)):
+        yield {"text": text}
+
+
+def is_held_out(text: str, share: float) -> bool:
+    """Whether a text of a stream is for evaluation: by its content, so that copies are on one side."""
+    return draw(text) < share
+
+
+def stream_texts(files: Sequence[Path], held_out: float, evaluated: bool) -> Iterator[str]:
+    """The texts of one pass in the files' order: those to train on, or those that are kept for evaluation."""
+    for row in open_source(files):
+        text = text_of(row)
+        if text.strip() and is_held_out(text, held_out) == evaluated:
+            yield text
+
+
+class PackedStream(torch.utils.data.IterableDataset):
+    """Blocks of tokens without an end, pass after pass over the files; each as `data.pack` makes them.
+
+    Args:
+        files: of one kind, see `stream_files`.
+        tokenizer: any tokenizer with BOS and EOS.
+        length: tokens in a block.
+        mask_documents: add `position_ids` that restart at each text.
+        shuffle_buffer: texts that are permuted together; the files are permuted in each pass too. 0 keeps the order.
+        seed: of both.
+        held_out: share of the texts that is left out.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[Path],
+        tokenizer: Any,
+        length: int,
+        mask_documents: bool = False,
+        shuffle_buffer: int = 1000,
+        seed: int = 0,
+        held_out: float = 0.0,
+    ) -> None:
+        self.files, self.tokenizer, self.length = list(files), tokenizer, length
+        self.mask_documents, self.shuffle_buffer, self.seed = mask_documents, shuffle_buffer, seed
+        self.held_out = held_out
+        self.start: dict[str, Any] = {"blocks": 0, "pass": 0, "window": 0, "source": None, "text": 0, "token": 0}
+        self._places: dict[int, dict[str, Any]] = {}
+
+    def place_at(self, blocks: int) -> dict[str, Any]:
+        """Where the block after `blocks` blocks begins, for `start`; forgets the places before it."""
+        self._places = {count: place for count, place in self._places.items() if count >= blocks}
+        return self._places[blocks]
+
+    def __iter__(self) -> Iterator[dict[str, list[int]]]:
+        blocks, begin = self.start["blocks"], self.start["token"]
+        self._places = {blocks: self.start}
+        tokens: list[int] = []
+        positions: list[int] = []
+        for place, document in self._documents():
+            while begin < len(document):
+                end = min(len(document), begin + self.length - len(tokens))
+                tokens += document[begin:end]
+                positions += range(begin, end)
+                begin = end
+                if len(tokens) == self.length:
+                    blocks += 1
+                    self._places[blocks] = {**place, "blocks": blocks, "token": begin}
+                    yield self._block(tokens, positions)
+                    tokens, positions = [], []
+            begin = 0
+
+    def _block(self, tokens: list[int], positions: list[int]) -> dict[str, list[int]]:
+        block = {"input_ids": tokens, "labels": tokens}
+        return {**block, "position_ids": positions} if self.mask_documents else block
+
+    def _documents(self) -> Iterator[tuple[dict[str, Any], list[int]]]:
+        """Token ids of every text from `start` on, with its place."""
+        begin = self.start["text"]
+        for place, texts in self._windows():
+            for first in range(begin, len(texts), _GROUP):
+                group = texts[first : first + _GROUP]
+                encoded = self.tokenizer(group, add_special_tokens=False)["input_ids"]
+                for i, ids in enumerate(encoded, first):
+                    yield {**place, "text": i}, [self.tokenizer.bos_token_id, *ids, self.tokenizer.eos_token_id]
+            begin = 0
+
+    def _windows(self) -> Iterator[tuple[dict[str, Any], list[str]]]:
+        place = {name: self.start[name] for name in ("pass", "window", "source")}
+        while True:
+            found = place["window"] > 0
+            source = open_source(self._order(place["pass"]))
+            if place["source"] is not None:
+                source.load_state_dict(place["source"])
+            rows = iter(source)
+            while texts := list(map(text_of, islice(rows, self.shuffle_buffer or _GROUP))):
+                kept = [text for text in texts if text.strip() and not is_held_out(text, self.held_out)]
+                if self.shuffle_buffer:
+                    random.Random(f"{self.seed} {place['pass']} {place['window']}").shuffle(kept)
+                found = found or bool(kept)
+                yield place, kept
+                place = {**place, "window": place["window"] + 1, "source": source.state_dict()}
+            if not found:
+                raise ValueError(f"no text to train on in {self.files[0]} and {len(self.files) - 1} more files")
+            place = {"pass": place["pass"] + 1, "window": 0, "source": None}
+
+    def _order(self, number: int) -> list[Path]:
+        files = list(self.files)
+        if self.shuffle_buffer:
+            random.Random(f"{self.seed} {number}").shuffle(files)
+        return files
+
+
+class StreamCallback(TrainerCallback, ExportableState):
+    """Keeps the stream's place in Trainer's checkpoints.
+
+    Args:
+        stream: what Trainer trains on.
+    """
+
+    def __init__(self, stream: PackedStream) -> None:
+        self.stream = stream
+        self.place: dict[str, Any] | None = None
+
+    def state(self) -> dict[str, Any]:
+        """What Trainer writes into trainer_state.json."""
+        return {"args": {}, "attributes": {"place": self.place}}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Trainer's own count begins anew in a resumed run that skips no data.
+        state.epoch = state.global_step / state.max_steps
+        if state.is_world_process_zero:  # the one that reads; accelerate hands the others their part
+            blocks = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+            self.place = self.stream.place_at(state.global_step * blocks)
+
+
+def saved_place(stateful_callbacks: dict[str, Any], checkpoint: str) -> dict[str, Any]:
+    """The place that a checkpoint holds.
+
+    Raises:
+        ValueError: it is not of a streamed run.
+    """
+    kept = stateful_callbacks.get(StreamCallback.__name__)
+    if kept is None:
+        raise ValueError(f"{checkpoint} is of a run without --stream; resume it without")
+    kept = kept[-1] if isinstance(kept, list) else kept
+    place: dict[str, Any] = kept["attributes"]["place"]
+    return place
