@@ -1,8 +1,8 @@
-"""QLoRA: a base quantised to 4-bit NF4 by bitsandbytes, LoRA on the routed experts (or more), plain PEFT and Trainer.
+"""QLoRA: a base in 4-bit NF4, routed experts included, LoRA on the experts (or more), plain PEFT and Trainer.
 
 On a CPU, in seconds:   python examples/qlora_experts.py
 On one GPU:             python examples/qlora_experts.py --model DIR --data chat.jsonl --length 2048 --accumulation 16
-                        (DIR: a BF16 folder; make one of official FP8 files with deepseek-v3 convert --to bf16)
+                        (DIR: official files in FP8 or BF16; they are packed as they are read)
 """
 
 import argparse
@@ -19,7 +19,7 @@ from deepseek_v3.training.finetune_data import PaddingCollator, load_files, prep
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="BF16 base folder (default: a tiny one is made)")
+    parser.add_argument("--model", help="base folder (default: a tiny one is made)")
     parser.add_argument("--data", help="JSONL with messages (default: sums in words)")
     parser.add_argument("--output", default="runs/qlora_experts")
     parser.add_argument("--preset", default="experts", choices=["attention", "experts", "all"])

@@ -38,9 +38,8 @@ class FinetuneSettings:
         model: folder of the base model with its tokenizer.
         data: JSON, JSONL, Parquet or text files, of one kind.
         output: folder for the adapter or model, summary.json, loss.png and README.md.
-        method: "lora" (FP8 bases stay FP8), "qlora" (4-bit base by bitsandbytes) or "full".
-        targets: a preset of `lora_target_modules`, or ends of weights' names; empty: "all", or "attention" of a 4-bit
-            base.
+        method: "lora" (FP8 bases stay FP8), "qlora" (linears and routed experts in 4-bit by bitsandbytes) or "full".
+        targets: a preset of `lora_target_modules`, or ends of weights' names; empty: "all".
         rank, alpha: of the adapter, its changes scaled by alpha / rank.
         adapter: folder of an adapter to go on with, instead of a new one.
         merge: "bf16" or "fp8" also writes the merged model, in the official layout, to `output`/merged.
@@ -109,19 +108,10 @@ def check_settings(settings: FinetuneSettings) -> None:
 
 
 def load_base(settings: FinetuneSettings) -> Any:
-    """The base model as the method wants it: FP8 kept, in 4-bit, or widened.
-
-    Raises:
-        ValueError: "qlora" of an FP8 checkpoint.
-    """
+    """The base model as the method wants it: FP8 kept, in 4-bit, or widened."""
     fp8 = _is_fp8(settings.model)
     options: dict[str, Any] = {"dtype": _dtype(settings)}
     if settings.method == "qlora":
-        if fp8:
-            raise ValueError(
-                f"{settings.model} holds FP8 weights, and qlora makes 4-bit ones of BF16: convert it with deepseek-v3 "
-                "convert --to bf16, or choose lora, which keeps FP8"
-            )
         options["quantization_config"] = _four_bit(_dtype(settings))
     elif fp8:
         options["quantization_config"] = FP8Config(keep=settings.method == "lora")
@@ -156,7 +146,7 @@ def with_adapter(base: Any, settings: FinetuneSettings) -> Any:
     """The base under a new adapter, or under the one of `settings.adapter`."""
     if settings.adapter:
         return continue_adapter(base, settings.adapter)
-    names = settings.targets or ["attention" if settings.method == "qlora" else "all"]
+    names = settings.targets or ["all"]
     targets: dict[str, Any]
     if len(names) == 1 and names[0] in PRESETS:
         targets = lora_target_modules(base.config, names[0])

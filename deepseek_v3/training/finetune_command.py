@@ -17,7 +17,7 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--output", required=True, help="folder for the adapter, its card, summary and loss curve")
     parser.add_argument("--method", default="lora", help="lora, qlora or full (default: %(default)s)")
     parser.add_argument(
-        "--targets", nargs="+", default=[], help="attention, experts, all, or weights' names (default: by method)"
+        "--targets", nargs="+", default=[], help="attention, experts, all, or weights' names (default: all)"
     )
     parser.add_argument("--rank", type=int, default=16, help="of the adapter (default: %(default)s)")
     parser.add_argument(

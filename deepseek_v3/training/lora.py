@@ -21,7 +21,7 @@ def lora_target_modules(config: Any, preset: str = "attention") -> dict[str, Any
     """Targets for a plain `peft.LoraConfig`: `LoraConfig(r=16, **lora_target_modules(model.config, "all"))`.
 
     MTP modules are adapted with the layers. Where `target_parameters` is not empty, PEFT allows neither dropout nor
-    DoRA. Merging into FP8 codes is refused by PEFT: call `model.dequantize()` first.
+    DoRA. Merging into FP8 codes or packed experts is refused: call `model.dequantize()` first.
 
     Args:
         config: of the model. With a bitsandbytes `quantization_config` in it the dense and the shared MLPs are left

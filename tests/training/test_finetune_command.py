@@ -12,8 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import deepseek_v3
 from deepseek_v3.cli import main
 from deepseek_v3.configuration import preset
+from deepseek_v3.quantization import BnbExperts
 from deepseek_v3.training.balance import load_router_bias, routers_of
 from deepseek_v3.training.data import train_tokenizer
+from deepseek_v3.training.finetune import FinetuneSettings, load_base, with_adapter
 from deepseek_v3.training.finetune_data import encode_chat
 from twins import spread_weights
 
@@ -64,7 +66,9 @@ def close(one, two):
 
 
 @pytest.mark.parametrize(
-    ("base", "method"), [("bf16", "lora"), ("fp8", "lora"), ("bf16", "qlora")], ids=lambda value: value
+    ("base", "method"),
+    [("bf16", "lora"), ("fp8", "lora"), ("bf16", "qlora"), ("fp8", "qlora")],
+    ids=lambda value: value,
 )
 @pytest.mark.parametrize("merge", ["bf16", "fp8"])
 def test_an_adapter_with_card_summary_and_plot_is_left_and_merged(base, method, merge, folders, tmp_path, capsys):
@@ -201,9 +205,17 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, data, message, folders
     assert not (tmp_path / "out").exists()
 
 
-def test_qlora_of_fp8_files_or_without_bitsandbytes_is_refused(folders, tmp_path, capsys, monkeypatch):
-    assert run(folders, tmp_path / "out", "--method", "qlora", base="fp8") == 2
-    assert "convert --to bf16" in capsys.readouterr().err
+def test_qlora_adapts_the_packed_experts(folders, tmp_path):
+    settings = FinetuneSettings(str(folders / "fp8"), [], str(tmp_path), method="qlora")
+    base = load_base(settings)
+    packed = [name for name, module in base.named_modules() if isinstance(module, BnbExperts)]
+    assert packed == [f"model.layers.{layer}.mlp.experts" for layer in (1, 2, 3)]
+    learnt = {name for name, weight in with_adapter(base, settings).named_parameters() if weight.requires_grad}
+    assert all(sum(f"{name}." in weight for weight in learnt) == 4 for name in packed)
+    assert sum("self_attn.o_proj" in weight for weight in learnt) == 8
+
+
+def test_qlora_without_bitsandbytes_is_refused(folders, tmp_path, capsys, monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else found(name))
     assert run(folders, tmp_path / "out", "--method", "qlora") == 2
