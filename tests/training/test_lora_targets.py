@@ -106,6 +106,49 @@ def test_forward_and_gradients_over_fp8_in_float32(fp8_folder, checkpointing):
     assert_like_float64(model, twin, 1e-5, 2e-5)
 
 
+def recorded(model, owners):
+    """owner -> its inputs and the gradient to its output, filled by the next forward and backward."""
+    found = {}
+
+    def keep(owner):
+        def hook(module, inputs, output):
+            found[owner] = [inputs, None]
+            output.register_hook(lambda grad: found[owner].__setitem__(1, grad))
+
+        return hook
+
+    for path, module in model.get_base_model().named_modules():
+        if path in owners:
+            module.register_forward_hook(keep(path))
+    return found
+
+
+@pytest.mark.parametrize("compute", [None, "weight_only", "dynamic"])
+def test_every_adapters_gradient_in_bf16_is_that_of_its_layer_in_float64(compute, fp8_folder):
+    """From what the layer was given and what came back to it: what other layers rounded is none of its doing."""
+    base = make_model() if compute is None else kept(fp8_folder, compute)
+    base = base.to(torch.bfloat16)
+    twin = float64_twin(base)
+    model = adapted(base)
+    leaves, owners = {}, {}
+    for name, (a, b, scaling) in adapters(model).items():
+        owner, _, parameter = name.rpartition(".")
+        leaves[name] = [t.detach().double().requires_grad_() for t in (a, b)]
+        weight = twin.get_parameter(name)
+        owners.setdefault(owner, {})[parameter] = weight.detach() + change(*leaves[name], scaling, weight)
+    found = recorded(model, owners)
+    model(TOKENS, labels=TOKENS).loss.backward()
+    for owner, weights in owners.items():
+        inputs, grad = found[owner]
+        wide = tuple(t.detach().double() if t.is_floating_point() else t for t in inputs)
+        torch.func.functional_call(twin.get_submodule(owner), weights, wide).backward(grad.double())
+    assert len(leaves) == len(adapters(model)) > 35
+    for name, (a, b, _) in adapters(model).items():
+        for parameter, leaf in zip((a, b), leaves[name], strict=True):
+            assert leaf.grad.abs().max() > 0, name
+            assert relative(parameter.grad, leaf.grad) < 2e-2, name
+
+
 def test_over_fp8_no_adapter_can_be_a_no_op(fp8_folder):
     """Each adapter alone moves the output by what adding it to the dequantised matrix does."""
     base = kept(fp8_folder).to(torch.float32)
