@@ -85,6 +85,15 @@ def _is_decode(hidden, gate_up, down, index, weights, act_fn) -> bool:
     return 0 < index.numel() <= FEW_ROWS * gate_up.shape[0]
 
 
+def _as_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Float32 tensors in the dtype of the autocast in force, if one is."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(t.to(dtype) if t.dtype == torch.float32 else t for t in tensors)
+
+
 def experts_forward(
     self: Experts,
     hidden_states: torch.Tensor,
@@ -99,13 +108,14 @@ def experts_forward(
     top_k_weights.
 
     Args:
-        hidden_states: [T, D] or [..., D], the dtype of the weights.
+        hidden_states: [T, D] or [..., D], the dtype of the weights; under autocast all float32 ones are taken in its
+            dtype, as a linear layer takes them.
         top_k_index: integer [T, K]; an index of E or more is an expert that lives elsewhere and adds nothing.
         top_k_weights: floating [T, K].
         backend: "auto", "triton" or "torch".
 
     Returns:
-        The shape and dtype of hidden_states.
+        The shape and dtype of hidden_states (under autocast, its dtype).
 
     Raises:
         ValueError: shapes that do not fit. RuntimeError: a backend asked for that cannot run here.
@@ -116,7 +126,7 @@ def experts_forward(
             f"top_k_index {tuple(top_k_index.shape)} and top_k_weights {tuple(top_k_weights.shape)} must both be "
             f"[{hidden.shape[0]}, K]"
         )
-    gate_up, down = self.gate_up_proj, self.down_proj
+    hidden, gate_up, down = _as_autocast(hidden, self.gate_up_proj, self.down_proj)
     if _is_decode(hidden, gate_up, down, top_k_index, top_k_weights, self.act_fn):
         out = torch.ops.deepseek_v3.experts_decode(hidden, gate_up, down, top_k_index, top_k_weights, backend)
         return out.view(hidden_states.shape)

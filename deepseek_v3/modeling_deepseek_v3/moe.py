@@ -10,12 +10,45 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
+from transformers.utils.import_utils import is_torchdynamo_compiling
 
 from ..kernels import route
 from ..quantization import fuse_official_names
 from .layers import DeepseekV3MLP, on_kernels
+
+
+class WideProduct(torch.autograd.Function):
+    """x [n, D] times w [E, D] transposed, both of 16 bits on a GPU, in float32.
+
+    Their products are exact in float32, where they are summed: nothing has to be widened first, and tensor cores
+    serve. A float32 gradient goes through them as two bfloat16 numbers, which hold 16 of its 24 bits; results have 8.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, w)
+        return _wide(x, w.t())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:  # type: ignore[override]
+        x, w = ctx.saved_tensors
+        high = grad.to(x.dtype)
+        parts = torch.cat((high, (grad - high).to(x.dtype)), dim=1)  # [n, 2E]
+        dx = dw = None
+        if ctx.needs_input_grad[0]:
+            dx = _wide(parts, torch.cat((w, w))).to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            dw = _wide(parts.t(), x).unflatten(0, (2, -1)).sum(0).to(w.dtype)
+        return dx, dw
+
+
+def _wide(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a @ b of 16-bit matrices in float32."""
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 
 
 class DeepseekV3TopkRouter(nn.Module):
@@ -61,10 +94,11 @@ class DeepseekV3TopkRouter(nn.Module):
 
     def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[n, D] to float32 [n, E]."""
-        halves = (torch.bfloat16, torch.float16)
-        if on_kernels(hidden_states) and hidden_states.dtype == self.weight.dtype and self.weight.dtype in halves:
-            # Products of 16-bit numbers are exact in float32, where they are summed: nothing to widen first.
-            return torch.mm(hidden_states, self.weight.t(), out_dtype=torch.float32)
+        dtype = hidden_states.dtype
+        # Gradients in float16 would need a scale of their own.
+        narrow = dtype == torch.bfloat16 or (dtype == torch.float16 and not torch.is_grad_enabled())
+        if narrow and hidden_states.is_cuda and dtype == self.weight.dtype and not is_torchdynamo_compiling():
+            return WideProduct.apply(hidden_states, self.weight)
         # Under autocast a linear would run in the low dtype whatever its inputs are.
         with torch.autocast(hidden_states.device.type, enabled=False):
             return nn.functional.linear(hidden_states.float(), self.weight.float())

@@ -203,6 +203,20 @@ def test_experts_gradients_match_float64(target):
         assert_close(leaf.grad, other.grad, target.dtype, 4.0)
 
 
+@pytest.mark.parametrize("learns", [True, False])
+def test_float32_experts_follow_autocast_as_linears_do(learns):
+    module = make_experts(5, 48, 24, torch.float32, "cpu")
+    x, index, weights = torch.randn(30, 48), torch.randint(0, 5, (30, 2)), torch.rand(30, 2)
+    leaves = [module.gate_up_proj.requires_grad_(learns), module.down_proj.requires_grad_(learns)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = experts_forward(module, x, index, weights)
+    low = SimpleNamespace(gate_up_proj=leaves[0].bfloat16(), down_proj=leaves[1].bfloat16(), act_fn=module.act_fn)
+    assert torch.equal(out, experts_forward(low, x.bfloat16(), index, weights))
+    if learns:
+        out.sum().backward()
+        assert all(leaf.grad.dtype == torch.float32 and leaf.grad.any() for leaf in leaves)
+
+
 def test_gradcheck_of_the_whole_forward():
     index = torch.tensor([[0, 2], [1, 3], [2, 0]])
 

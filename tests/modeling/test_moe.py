@@ -6,7 +6,12 @@ from torch import nn
 
 from deepseek_v3 import DeepseekV3ForCausalLM
 from deepseek_v3.configuration import preset
-from deepseek_v3.modeling_deepseek_v3.moe import DeepseekV3MoE, DeepseekV3TopkRouter, sequence_balance_loss
+from deepseek_v3.modeling_deepseek_v3.moe import (
+    DeepseekV3MoE,
+    DeepseekV3TopkRouter,
+    WideProduct,
+    sequence_balance_loss,
+)
 from twins import make_model
 
 
@@ -178,3 +183,15 @@ def test_load_counts_real_tokens_once_with_and_without_checkpointing(tokens):
     model.eval()
     model(tokens)
     assert torch.equal(loads[-1][0], next(iter(model.model.routers().values())).expert_load)
+
+
+def test_the_routers_product_of_16_bits_rounds_results_alone():
+    x, w, grad = torch.randn(37, 96).bfloat16(), torch.randn(24, 96).bfloat16(), torch.randn(37, 24)
+    leaves = [t.clone().requires_grad_() for t in (x, w)]
+    out = WideProduct.apply(*leaves)
+    assert out.dtype == torch.float32
+    assert torch.allclose(out.double(), x.double() @ w.double().t(), rtol=0, atol=1e-5)
+    out.backward(grad)
+    for leaf, truth in zip(leaves, (grad.double() @ w.double(), grad.double().t() @ x.double()), strict=True):
+        # A gradient of one bfloat16 number moves most results to a neighbour; of two, those near the middle.
+        assert (leaf.grad == truth.bfloat16()).float().mean() > 0.97
