@@ -28,6 +28,7 @@ from ..quantization import (
     requested_config,
     requesting,
     save_quantized,
+    stack_shapes,
 )
 
 logger = logging.get_logger(__name__)
@@ -94,6 +95,12 @@ class LoadingMixin:
     """`from_pretrained` and `save_pretrained` of every class of this package."""
 
     config: Any
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """What DistributedDataParallel must not broadcast, by its names in the model and in PEFT's wrapper."""
+        names = stack_shapes(cast(Any, self))
+        return [prefix + name for name in names for prefix in ("", "base_model.model.")]
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:

@@ -4,7 +4,7 @@ Imports `configuration` and `kernels`, never the models: they are handed in.
 """
 
 from .bnb_config import bnb_arguments
-from .bnb_experts import BnbExperts
+from .bnb_experts import BnbExperts, stack_shapes
 from .config import FP8Config, is_fp8, requested_config, requesting
 from .experts import FP8Experts
 from .linear import FP8Linear, keeps_fp8
@@ -32,5 +32,6 @@ __all__ = [
     "requested_config",
     "requesting",
     "save_quantized",
+    "stack_shapes",
     "unregister",
 ]

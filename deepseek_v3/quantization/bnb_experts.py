@@ -36,9 +36,14 @@ class StackShape(nn.Parameter):
     PEFT puts a sum of it and a delta in its place for the time of a forward; that sum is never computed.
     """
 
-    def __new__(cls, shape: torch.Size, dtype: torch.dtype, device: Any) -> "StackShape":
-        nothing = torch.full((), float("nan"), dtype=dtype, device=device)
-        return torch.Tensor._make_subclass(cls, nothing.expand(shape), False)
+    def __new__(cls, like: torch.Tensor, requires_grad: bool = False) -> "StackShape":
+        nothing = torch.full((), float("nan"), dtype=like.dtype, device=like.device)
+        return torch.Tensor._make_subclass(cls, nothing.expand(like.shape), False)
+
+    @classmethod
+    def of(cls, shape: torch.Size, dtype: torch.dtype, device: Any) -> "StackShape":
+        """The shape of a stack that is nowhere."""
+        return cls(torch.empty((), dtype=dtype, device=device).expand(shape))
 
     def element_size(self) -> int:
         return 0
@@ -47,7 +52,7 @@ class StackShape(nn.Parameter):
         return f"StackShape({list(self.shape)}, {self.dtype}, {self.device})"
 
     def __deepcopy__(self, memo: Any) -> "StackShape":
-        return StackShape(self.shape, self.dtype, self.device)
+        return StackShape(self)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -61,9 +66,14 @@ class StackShape(nn.Parameter):
                 # Torch would write out what only has a shape.
                 with torch._C.DisableTorchFunctionSubclass():
                     like = itself[(0,) * itself.dim()].to(*args[1:], **(kwargs or {}))
-                return StackShape(itself.shape, like.dtype, like.device)
+                return cls.of(itself.shape, like.dtype, like.device)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
+
+
+def stack_shapes(model: nn.Module) -> list[str]:
+    """Names of the parameters of `model` that are shapes alone."""
+    return [name for name, parameter in model.named_parameters() if isinstance(parameter, StackShape)]
 
 
 class BnbExperts(nn.Module):
@@ -120,7 +130,7 @@ class BnbExperts(nn.Module):
             self.register_buffer(f"{name}_{suffix}", buffer)
         shape = torch.Size((self.num_experts, rows, columns))
         dtype = self.compute_dtype or getattr(self, name).dtype
-        self._parameters[name] = StackShape(shape, dtype, device)
+        self._parameters[name] = StackShape.of(shape, dtype, device)
 
     def put(self, name: str, expert: int, matrix: torch.Tensor) -> None:
         """Pack one expert's matrix [N, K] into its place."""
@@ -202,7 +212,7 @@ class BnbExperts(nn.Module):
         result = super()._apply(guarded, recurse)
         for name, old in shapes.items():
             codes: Any = self._buffers[f"{name}_codes"]
-            self._parameters[name] = StackShape(old.shape, old.dtype, codes.device)  # type: ignore[union-attr]
+            self._parameters[name] = StackShape.of(old.shape, old.dtype, codes.device)  # type: ignore[union-attr]
         return result
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

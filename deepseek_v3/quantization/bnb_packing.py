@@ -18,6 +18,8 @@ from ..configuration.accounting import NF4_BYTES
 BLOCK = 64
 # Of the blocks' absolute maxima, where they are quantised too.
 NESTED_BLOCK = 256
+# bitsandbytes' kernels count the numbers of a call in 32 bits.
+MOST_NUMBERS = 2**30
 
 Parts = dict[str, torch.Tensor]
 Sizes = dict[str, tuple[tuple[int, ...], torch.dtype]]
@@ -82,12 +84,16 @@ class FourBit:
 
     def unpack(self, parts: Parts, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
         """The parts of a stack, [E, ..] each, to [E, N, K]."""
-        codes, absmax = parts["codes"], self._absmax(parts)
-        if rows * columns % BLOCK == 0:
-            return self._widen(codes, absmax, codes.shape[0] * rows * columns, dtype).view(-1, rows, columns)
+        codes, absmax, numbers = parts["codes"], self._absmax(parts), rows * columns
         # A matrix whose last block is not full has to be widened by itself.
-        matrices = [self._widen(*pair, rows * columns, dtype) for pair in zip(codes, absmax, strict=True)]
-        return torch.stack(matrices).view(-1, rows, columns)
+        together = max(1, MOST_NUMBERS // numbers) if numbers % BLOCK == 0 else 1
+        if together >= len(codes):
+            return self._widen(codes, absmax, len(codes) * numbers, dtype).view(-1, rows, columns)
+        result = torch.empty(len(codes), rows, columns, dtype=dtype, device=codes.device)
+        parts_of = (tensor.split(together) for tensor in (result, codes, absmax))
+        for some, some_codes, some_absmax in zip(*parts_of, strict=True):
+            some.copy_(self._widen(some_codes, some_absmax, some.numel(), dtype).view_as(some))
+        return result
 
     def _absmax(self, parts: Parts) -> torch.Tensor:
         absmax = parts["absmax"]

@@ -6,16 +6,20 @@ import shutil
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from accelerate.utils import set_module_tensor_to_device
 from bitsandbytes import functional
 from official import logged, stored
 from packed import EIGHT_BIT, ODD, four_bit, is_plain, load, twin_of, widened, write_bf16
 from safetensors.torch import save_file
 from transformers import BitsAndBytesConfig
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
+import deepseek_v3
 from deepseek_v3 import DeepseekV3ForCausalLM, FP8Config
 from deepseek_v3.configuration import account, preset
 from deepseek_v3.configuration.accounting import NF4_BYTES
-from deepseek_v3.quantization import BnbExperts
+from deepseek_v3.quantization import BnbExperts, bnb_packing
 from deepseek_v3.quantization.bnb_packing import packing_of
 
 TOKENS = torch.randint(3, 512, (2, 12), generator=torch.Generator().manual_seed(3))
@@ -259,3 +263,32 @@ def test_bad_input(even, tmp_path):
     holder.register_parametrization(experts, "down_proj", torch.nn.Identity())
     with pytest.raises(ValueError, match="Identity changes experts that are packed by bitsandbytes"):
         experts(torch.randn(2, 64), torch.zeros(2, 2, dtype=torch.long), torch.rand(2, 2))
+
+
+def test_accelerate_s_hooks_leave_them_packed(even):
+    experts = load(even, four_bit()).model.layers[1].mlp.experts
+    x, index, weights = torch.randn(5, 64), torch.arange(10).view(5, 2) % 8, torch.rand(5, 2)
+    expected = experts(x, index, weights)
+    elsewhere = copy.deepcopy(experts)
+    set_module_tensor_to_device(elsewhere, "gate_up_proj", "meta")
+    assert elsewhere.gate_up_proj.device.type == "meta" and elsewhere.gate_up_proj.shape == (8, 64, 64)
+    add_hook_to_module(experts, AlignDevicesHook(execution_device="cpu", place_submodules=True))
+    assert torch.equal(experts(x, index, weights), expected)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_large_stacks_are_widened_in_parts(even, kind, monkeypatch):
+    experts = load(even, CONFIGS[kind]).model.layers[1].mlp.experts
+    whole = experts.widened("gate_up_proj", torch.float32)
+    monkeypatch.setattr(bnb_packing, "MOST_NUMBERS", 3 * 64 * 64 + 5)
+    assert torch.equal(experts.widened("gate_up_proj", torch.float32), whole)
+
+
+def test_only_this_package_s_models_meet_its_quantiser():
+    assert AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"].__module__.startswith("transformers.")
+    assert AUTO_QUANTIZER_MAPPING["bitsandbytes_8bit"].__module__.startswith("transformers.")
+    deepseek_v3.unregister()
+    try:
+        assert not any("deepseek" in name for name in AUTO_QUANTIZER_MAPPING)
+    finally:
+        deepseek_v3.register()

@@ -231,3 +231,17 @@ def test_steps_move_the_adapters_and_nothing_that_is_packed(folder):
     assert losses[-1] < losses[0] - 0.2
     kept = {n: b for n, b in model.named_buffers() if "codes" in n or "absmax" in n or "offset" in n}
     assert len(kept) > 20 and all(torch.equal(b, frozen[n]) for n, b in kept.items())
+
+
+def test_under_distributed_data_parallel(folder, tmp_path):
+    model = adapted(load(folder)).train()
+    expected = model(TOKENS, labels=TOKENS).loss
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        parallel = torch.nn.parallel.DistributedDataParallel(model)
+        loss = parallel(TOKENS, labels=TOKENS).loss
+        loss.backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert all(a.grad.abs().max() > 0 for a, _, _ in adapters(model).values())
