@@ -1,4 +1,4 @@
-"""QLoRA at Moonlight-16B-A3B's sizes on one GPU: linears and routed experts in NF4, double quantised, LoRA on them all,
+"""QLoRA at Moonlight-16B-A3B's sizes on one GPU: linears and routed experts in NF4, double quantised, LoRA over them,
 activation checkpointing, AdamW. Random weights, made and packed tensor by tensor as the loader asks for them, so no
 file is needed. Before anything is timed, one layer's experts are held against a dense float32 product with the widened
 weights, and every adapter must have a gradient.
