@@ -55,7 +55,7 @@ def read_texts(files: Iterable[Path], limit_bytes: int | None = None) -> Iterato
 def _texts_of(file: Path) -> Iterator[tuple[Path, str]]:
     if file.suffix in ROW_FILES:
         for index, row in enumerate(text_rows([file])):
-            yield file.with_name(f"{file.name}#{index}"), text_of(row)
+            yield file.with_name(f"{file.name}#{index}"), text_of(row, file)
         return
     with contextlib.suppress(UnicodeDecodeError):  # not text
         yield file, file.read_text(encoding="utf-8")
@@ -76,15 +76,15 @@ def text_rows(files: Sequence[Path]) -> datasets.IterableDataset:
     return rows
 
 
-def text_of(row: dict[str, Any]) -> str:
-    """A row's text, empty where it has none.
+def text_of(row: dict[str, Any], file: Path) -> str:
+    """The text of a row of `file`, empty where it has none.
 
     Raises:
         ValueError: it is something else than text.
     """
     text = row.get("text")
     if not isinstance(text, str | None):
-        raise ValueError(f"a row's 'text' is a {type(text).__name__}: {str(text)[:100]!r}. Write text there")
+        raise ValueError(f"{file}: a row's 'text' is a {type(text).__name__}: {str(text)[:100]}. Write text there")
     return text or ""
 
 

@@ -12,7 +12,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 from transformers.trainer_callback import ExportableState, TrainerCallback
 
@@ -39,16 +38,40 @@ def stream_files(sources: Sequence[str]) -> list[Path]:
     return files
 
 
-def open_source(files: Sequence[Path]) -> datasets.IterableDataset:
-    """Rows with a `text` each, in the order of the files, with a state that `datasets` can go on from."""
-    if files[0].suffix in ROW_FILES:
-        return text_rows(files)
-    return datasets.IterableDataset.from_generator(_whole_files, gen_kwargs={"files": [str(file) for file in files]})
+class Source:
+    """The texts of files one after another, from a place on, with the place that is reached.
 
+    Each JSONL or Parquet file is a data set by itself: the state that `datasets` gives for several files loses their
+    number when it is taken after going on from one.
 
-def _whole_files(files: list[str]) -> Iterator[dict[str, str]]:
-    for _, text in read_texts(map(Path, files)):
-        yield {"text": text}
+    Args:
+        files: of one kind, in the order in which they are read.
+        place: as of `place`; None begins.
+    """
+
+    def __init__(self, files: Sequence[Path], place: dict[str, Any] | None = None) -> None:
+        self.files = files
+        self.file: int = 0 if place is None else place["file"]
+        self._state: Any = None if place is None else place["rows"]
+        self._rows: Any = None
+
+    def place(self) -> dict[str, Any]:
+        """Where the next text is: a file's number, and the state of `datasets` in it; made for JSON."""
+        return {"file": self.file, "rows": None if self._rows is None else self._rows.state_dict()}
+
+    def __iter__(self) -> Iterator[str]:
+        while self.file < len(self.files):
+            file = self.files[self.file]
+            if file.suffix in ROW_FILES:
+                self._rows = text_rows([file])
+                if self._state is not None:
+                    self._rows.load_state_dict(self._state)
+                yield from (text_of(row, file) for row in self._rows)
+                self._rows = self._state = None
+                self.file += 1
+            else:
+                self.file += 1
+                yield from (text for _, text in read_texts([file]))
 
 
 def is_held_out(text: str, share: float) -> bool:
@@ -58,8 +81,7 @@ def is_held_out(text: str, share: float) -> bool:
 
 def stream_texts(files: Sequence[Path], held_out: float, evaluated: bool) -> Iterator[str]:
     """The texts of one pass in the files' order: those to train on, or those that are kept for evaluation."""
-    for row in open_source(files):
-        text = text_of(row)
+    for text in Source(files):
         if text.strip() and is_held_out(text, held_out) == evaluated:
             yield text
 
@@ -135,17 +157,15 @@ class PackedStream(torch.utils.data.IterableDataset):
         place = {name: self.start[name] for name in ("pass", "window", "source")}
         while True:
             found = place["window"] > 0
-            source = open_source(self._order(place["pass"]))
-            if place["source"] is not None:
-                source.load_state_dict(place["source"])
-            rows = iter(source)
-            while texts := list(map(text_of, islice(rows, self.shuffle_buffer or _GROUP))):
+            source = Source(self._order(place["pass"]), place["source"])
+            rest = iter(source)
+            while texts := list(islice(rest, self.shuffle_buffer or _GROUP)):
                 kept = [text for text in texts if text.strip() and not is_held_out(text, self.held_out)]
                 if self.shuffle_buffer:
                     random.Random(f"{self.seed} {place['pass']} {place['window']}").shuffle(kept)
                 found = found or bool(kept)
                 yield place, kept
-                place = {**place, "window": place["window"] + 1, "source": source.state_dict()}
+                place = {**place, "window": place["window"] + 1, "source": source.place()}
             if not found:
                 raise ValueError(f"no text to train on in {self.files[0]} and {len(self.files) - 1} more files")
             place = {"pass": place["pass"] + 1, "window": 0, "source": None}

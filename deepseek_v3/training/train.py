@@ -303,7 +303,7 @@ def _write_config(settings: TrainSettings, say: Callable[[str], None]) -> None:
     path, used = Path(settings.output, CONFIG), as_options(settings)
     if settings.resume and path.is_file():
         before = json.loads(path.read_text(encoding="utf-8"))
-        changed = [name for name in used if name != "resume" and before.get(name) != used[name]]
+        changed = [name for name in used if name not in ("resume", "output") and before.get(name) != used[name]]
         if changed:
             shown = ", ".join(f"{name} {before.get(name)} -> {used[name]}" for name in changed)
             say(f"other settings than the run began with, so that it will not be the same: {shown}")
