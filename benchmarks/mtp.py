@@ -40,6 +40,17 @@ def generate(model, prompts, new, **kwargs):
     )
 
 
+@torch.inference_mode()
+def own_acceptance(model, prompts, sequences):
+    """Acceptance of depth 1 by teacher forcing on what the model itself has written after the prompts."""
+    output = model(sequences, output_mtp_logits=True, use_cache=False)
+    # The main model's row i + 1 and the module's row i both predict token i + 2.
+    start = prompts.shape[1] - 1
+    chosen, drafts = output.logits[:, start + 1 :].argmax(-1), output.mtp_logits[0][:, start:].argmax(-1)
+    count = min(chosen.shape[1], drafts.shape[1])
+    return (chosen[:, :count] == drafts[:, :count]).float().mean().item()
+
+
 def measure(ours, native, prompts, new, depth, rounds):
     """Ratio of wall times, and the statistics of the speculative run."""
     runs = {
@@ -54,7 +65,8 @@ def measure(ours, native, prompts, new, depth, rounds):
     seconds = alternate(runs, rounds)
     kwargs = {"use_mtp": True, "num_assistant_tokens": depth, "return_dict_in_generate": True}
     statistics = generate(ours, prompts, new, **kwargs).mtp
-    return ratio(seconds["plain"], seconds["mtp"]), ratio(seconds["native"], seconds["mtp"]), statistics
+    forced = own_acceptance(ours, prompts, outputs["plain"])
+    return ratio(seconds["plain"], seconds["mtp"]), ratio(seconds["native"], seconds["mtp"]), statistics, forced
 
 
 def main():
@@ -82,9 +94,9 @@ def main():
         for depth in options.depth:
             asked = depth if depth == "auto" else int(depth)
             prompts = torch.tensor(blocks[:batch])
-            plain, theirs, statistics = measure(ours, native, prompts, options.new, asked, options.rounds)
+            plain, theirs, statistics, own = measure(ours, native, prompts, options.new, asked, options.rounds)
             rows.append(
-                [batch, depth, statistics.depth, statistics.tokens_per_step, plain["median"], theirs["median"]]
+                [batch, depth, statistics.depth, statistics.tokens_per_step, own, plain["median"], theirs["median"]]
             )
             point = {
                 "batch": batch,
@@ -94,9 +106,14 @@ def main():
                 "over_native": theirs,
             }
             points.append(
-                {**point, "tokens_per_step": statistics.tokens_per_step, "acceptance": statistics.acceptance}
+                {
+                    **point,
+                    "tokens_per_step": statistics.tokens_per_step,
+                    "acceptance": statistics.acceptance,
+                    "teacher_forced_on_own_text": own,
+                }
             )
-    columns = ["batch", "asked", "depth", "tokens a step", "x our plain", "x native plain"]
+    columns = ["batch", "asked", "depth", "tokens a step", "acceptance", "x our plain", "x native plain"]
     print(f"acceptance by teacher forcing: {json.dumps(forced)}")
     finish("mtp", columns, rows, {"teacher_forced_acceptance": forced, "points": points}, options.output)
 

@@ -63,7 +63,7 @@ class SpeculativeDecoder:
         batch = len(input_ids)
         self.scorer, self.stopper = RowScorer(processors, batch), RowStopper(criteria, batch)
         self.recorder = Recorder(config, batch)
-        self.statistics = MtpStatistics(depth=self.policy.deepest)
+        self.statistics = MtpStatistics(depth=self.policy.next())
         self.new: list[list[int]] = [[] for _ in range(batch)]
         self.done = [False] * batch
 

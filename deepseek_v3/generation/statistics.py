@@ -1,5 +1,6 @@
 """What speculative decoding did, and which depth it should draft to."""
 
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +21,7 @@ class MtpStatistics:
         row_steps: the same, times the rows that were unfinished in each.
         tokens: tokens that these forwards gave, over all rows.
         drafted, accepted: drafts by depth (index 0 is depth 1) that were verified, and that were right.
-        depth: drafts a step; with `num_assistant_tokens="auto"` the depth that was chosen.
+        depth: drafts a step; with `num_assistant_tokens="auto"` the best one so far.
     """
 
     steps: int = 0
@@ -84,34 +85,42 @@ class FixedDepth:
 
 
 class AutoDepth:
-    """Tries every depth for a few steps, then keeps the one that gives most tokens a second.
+    """Climbs to the depth that gives most tokens a second, from one draft a step.
 
-    The tokens of a step come from the acceptance measured by depth, its cost from the fastest of its trials. Depth 0,
-    plain decoding, is among the candidates.
+    The depths beside the best one so far are tried for a few steps each; plain decoding, depth 0, is one of them. What
+    is best then stays for `patience` steps, after which its neighbours are tried again: acceptance and costs change as
+    the text does, and as rows end. The tokens of a step come from the acceptance of the whole call by depth, its cost
+    from the fastest of its latest trials.
     """
 
-    def __init__(self, deepest: int = 4, trials: int = 3) -> None:
-        self.deepest, self.trials = deepest, trials
+    def __init__(self, deepest: int = 4, trials: int = 4, patience: int = 64) -> None:
+        self.deepest, self.trials, self.patience = deepest, trials, patience
         self.chosen: int | None = None
-        self._plan = [depth for depth in range(deepest, -1, -1) for _ in range(trials)]
-        self._seconds: dict[int, list[float]] = {}
+        self._tried = min(1, deepest)
+        self._left = 2 * trials  # whether drafts are accepted at all takes more of them to see
+        self._seconds: dict[int, deque[float]] = {}
 
     def next(self) -> int:
-        if self.chosen is not None:
-            return self.chosen
-        return self._plan[0]
+        return self._tried
 
     def took(self, drafts: int, seconds: float, statistics: MtpStatistics) -> None:
-        if self.chosen is not None:
-            return
         # The first steps of a depth pay for what is made once: compilation, allocation, the capture of a graph.
-        self._seconds.setdefault(drafts, []).append(seconds)
-        self._plan.pop(0)
-        if not self._plan:
-            self.chosen = self._choose(statistics)
-            statistics.depth = self.chosen
+        self._seconds.setdefault(drafts, deque(maxlen=self.trials)).append(seconds)
+        self._left -= 1
+        if self._left:
+            return
+        if self._tried == self.chosen:
+            for beside in (self.chosen - 1, self.chosen + 1):
+                self._seconds.pop(beside, None)
+        best = statistics.depth = self._best(statistics)
+        new = [depth for depth in (best + 1, best - 1) if 0 <= depth <= self.deepest and depth not in self._seconds]
+        if new:
+            self._tried, self._left = new[0], self.trials
+        else:
+            self.chosen = self._tried = best
+            self._left = self.patience
 
-    def _choose(self, statistics: MtpStatistics) -> int:
+    def _best(self, statistics: MtpStatistics) -> int:
         rates: dict[int, float] = {}
         expected, chain = 1.0, 1.0
         for depth in range(self.deepest + 1):

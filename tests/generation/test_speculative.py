@@ -377,10 +377,11 @@ def choose_depth(acceptance, costs):
     policy, statistics = AutoDepth(deepest=4, trials=3), MtpStatistics()
     statistics.drafted = [1000] * 4
     statistics.accepted = [int(1000 * rate) for rate in acceptance]
+    seen = set()
     while policy.chosen is None:
         depth = policy.next()
-        first = len(policy._seconds.get(depth, [])) == 0
-        policy.took(depth, costs[depth] * (50 if first else 1), statistics)  # the first step of a depth warms up
+        policy.took(depth, costs[depth] * (50 if depth not in seen else 1), statistics)  # the first step warms up
+        seen.add(depth)
     assert statistics.depth == policy.next() == policy.chosen
     return policy.chosen
 
@@ -392,6 +393,22 @@ def test_auto_depth_is_the_one_that_gives_most_tokens_a_second():
     assert choose_depth([0.05, 0.0, 0.0, 0.0], cheap) == 0
     assert choose_depth([0.5, 0.5, 0.5, 0.5], dear) == 0
     assert choose_depth([0.8, 0.7, 0.1, 0.1], [1.0, 1.2, 1.4, 2.5, 4.0]) == 2
+
+
+def test_auto_depth_follows_what_changes():
+    policy, statistics = (
+        AutoDepth(deepest=3, trials=2, patience=10),
+        MtpStatistics(drafted=[100] * 3, accepted=[90] * 3),
+    )
+    costs, depths = [1.0, 1.1, 1.2, 1.3], []
+    for step in range(80):
+        if step == 40:
+            costs = [1.0, 3.0, 5.0, 7.0]
+        depths.append(policy.next())
+        policy.took(depths[-1], costs[depths[-1]], statistics)
+    assert depths[20:38].count(3) > 12
+    assert depths[-8:].count(0) >= 6
+    assert 0 not in depths[:40]  # far from the best, never tried
 
 
 def test_auto_depth_measures_chooses_and_stays_lossless(caplog):
