@@ -1,7 +1,7 @@
 """TRL's trainers on this model: each example runs as its docstring says and learns; what their losses are made of."""
 
 import re
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -14,11 +14,17 @@ from transformers import AutoModelForCausalLM
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-def run(name, folder, *arguments):
-    command = [sys.executable, str(EXAMPLES / name), "--output", str(folder), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Runs an example as a script, in this process; gives what it said."""
+
+    def script(name, *arguments):
+        monkeypatch.syspath_prepend(str(EXAMPLES))
+        monkeypatch.setattr(sys, "argv", [name, "--output", str(tmp_path), *arguments])
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return script
 
 
 def from_to(what, text):
@@ -26,8 +32,8 @@ def from_to(what, text):
 
 
 @pytest.mark.parametrize("fp8", [False, True], ids=["lora", "fp8"])
-def test_supervised_with_the_loss_of_the_mtp_modules(fp8, tmp_path):
-    said = run("trl_sft.py", tmp_path, "--steps", "12", *(["--fp8"] if fp8 else []))
+def test_supervised_with_the_loss_of_the_mtp_modules(fp8, run, tmp_path):
+    said = run("trl_sft.py", "--steps", "12", *(["--fp8"] if fp8 else []))
     for what in ("loss", "mtp loss"):
         first, last = from_to(what, said)
         assert last < first - 0.5, what
@@ -44,15 +50,15 @@ def test_supervised_with_the_loss_of_the_mtp_modules(fp8, tmp_path):
         assert all((state[name] - weight).abs().max() > 0 for name, weight in before.items())
 
 
-def test_preferences(tmp_path):
-    said = run("trl_dpo.py", tmp_path, "--steps", "12")
+def test_preferences(run, tmp_path):
+    said = run("trl_dpo.py", "--steps", "12")
     assert from_to("loss", said)[1] < 0.6 < from_to("loss", said)[0] < 0.75
     assert from_to("margin", said)[1] > 0.2
     assert (tmp_path / "adapter" / "adapter_config.json").is_file()
 
 
-def test_rewards_of_what_the_model_generates(tmp_path):
-    said = run("trl_grpo.py", tmp_path, "--steps", "18", "--length", "4")
+def test_rewards_of_what_the_model_generates(run, tmp_path):
+    said = run("trl_grpo.py", "--steps", "18", "--length", "4")
     first, last = from_to("reward", said)
     assert last > first + 0.05
     assert (tmp_path / "adapter" / "adapter_config.json").is_file()
@@ -77,9 +83,9 @@ def test_the_supervised_loss_is_the_models_and_trls_own_is_the_main_part_of_it(t
     for trainer in (SFTTrainer, ModelLossTrainer):
         options = {"max_steps": 1, "use_cpu": True, "report_to": [], "bf16": False, "save_strategy": "no"}
         arguments = SFTConfig(output_dir=str(tmp_path), per_device_train_batch_size=2, logging_steps=1, **options)
-        run = trainer(model=make_model(), args=arguments, train_dataset=rows, processing_class=tokenizer)
-        run.train()
-        losses[trainer.__name__] = run.state.log_history[0]["loss"]
+        made = trainer(model=make_model(), args=arguments, train_dataset=rows, processing_class=tokenizer)
+        made.train()
+        losses[trainer.__name__] = made.state.log_history[0]["loss"]
     assert losses["SFTTrainer"] == pytest.approx(float(expected.main_loss), rel=1e-4)
     assert losses["ModelLossTrainer"] == pytest.approx(float(expected.loss), rel=1e-4)
     assert float(expected.loss) > float(expected.main_loss) + 0.5
