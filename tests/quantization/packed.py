@@ -79,3 +79,14 @@ def twin_of(folder, config, dtype=torch.float64):
     missing = twin.load_state_dict({name: tensor.to(dtype) for name, tensor in weights.items()}, strict=False)
     assert not missing.missing_keys
     return twin
+
+
+def dense(stacks, x, index, weights):
+    """The experts' sum of `DeepseekV3Experts`, token by token in float64, from whole matrices."""
+    result = torch.zeros(len(x), stacks["down_proj"].shape[1], dtype=torch.float64, device=x.device)
+    for slot in range(index.shape[1]):
+        chosen = index[:, slot]
+        gate, up = torch.einsum("tk,tnk->tn", x, stacks["gate_up_proj"][chosen]).chunk(2, dim=-1)
+        inner = torch.nn.functional.silu(gate) * up
+        result = result + weights[:, slot, None] * torch.einsum("tk,tnk->tn", inner, stacks["down_proj"][chosen])
+    return result
