@@ -164,7 +164,7 @@ def held_out_measures(model: Any, tokenizer: Any, texts: list[str], blocks: Iter
 
     Returns:
         `main_loss`, nats a token; `bits_per_byte`; with MTP modules `mtp_acceptance_K` for each depth K from 1; with
-        experts `max_vio`.
+        experts `max_vio`, over the MTP modules' routers too.
     """
     training = model.training
     model.eval()
@@ -182,7 +182,7 @@ def _measure_blocks(model: Any, blocks: Iterable[Any]) -> dict[str, float]:
         for block in blocks:
             names = [name for name in ("input_ids", "position_ids") if name in block]
             inputs = {name: torch.tensor([block[name]], device=model.device) for name in names}
-            output = model(**inputs, output_mtp_logits=True, use_cache=False)
+            output = model(**inputs, output_mtp_logits=bool(model.config.num_nextn_predict_layers), use_cache=False)
             labels = inputs["input_ids"][0, 1:].clone()
             if "position_ids" in inputs:
                 labels[inputs["position_ids"][0, 1:] == 0] = IGNORE_INDEX
