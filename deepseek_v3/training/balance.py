@@ -17,7 +17,7 @@ from transformers.trainer_callback import ExportableState, TrainerCallback
 
 from ..modeling_deepseek_v3 import DeepseekV3ForCausalLM
 from ..modeling_deepseek_v3.moe import DeepseekV3TopkRouter
-from .checks import check_dtypes
+from .checks import check_dtypes, check_in_memory
 
 
 def routers_of(model: nn.Module) -> list[DeepseekV3TopkRouter]:
@@ -125,6 +125,7 @@ class RouterBalanceCallback(TrainerCallback, ExportableState):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if not routers_of(model):
             raise ValueError(f"RouterBalanceCallback: {type(model).__name__} has no DeepseekV3TopkRouter to balance")
+        check_in_memory(model)
         if not (args.bf16 or args.fp16):
             check_dtypes(model)
         self._routers = routers_of(model)

@@ -1,4 +1,4 @@
-"""What a run of adapters is checked for: that its base is the one that they were trained over, and of one dtype.
+"""What a run of adapters is checked for: a base that is the one they were trained over, in memory, and of one dtype.
 
 Special about it: a fingerprint must tell two bases of equal shapes apart, and be the same whether one base is held in
 FP8, in 4-bit, in BF16 or wider. So it is of the weights that no such form changes: norms, routers, embedding and head.
@@ -85,6 +85,20 @@ def check_dtypes(model: nn.Module) -> None:
                 f"Call model.to({first[1]}) before adding adapters, or train under autocast "
                 "(TrainingArguments(bf16=True))"
             )
+
+
+def check_in_memory(model: nn.Module) -> None:
+    """Refuse to train what accelerate reads from the disk or from offloaded memory, layer by layer.
+
+    Raises:
+        ValueError: a weight that is not there.
+    """
+    missing = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
+    if missing is not None:
+        raise ValueError(
+            f"{missing} is offloaded, and gradients need the weights in place. Load without offloading: in FP8 or "
+            "4-bit on one device, or sharded over several (FSDP2, DeepSpeed ZeRO-3)"
+        )
 
 
 def _named(model: nn.Module) -> list[tuple[str, nn.Module]]:
