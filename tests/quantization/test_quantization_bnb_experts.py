@@ -19,6 +19,7 @@ import deepseek_v3
 from deepseek_v3 import DeepseekV3ForCausalLM, FP8Config
 from deepseek_v3.configuration import account, preset
 from deepseek_v3.configuration.accounting import NF4_BYTES
+from deepseek_v3.conversion import inspect, write_checkpoint
 from deepseek_v3.quantization import BnbExperts, bnb_packing
 from deepseek_v3.quantization.bnb_packing import packing_of
 
@@ -169,6 +170,17 @@ def test_the_log_says_what_the_experts_take_and_what_the_accounting_says(even, c
     numbers = 3 * model.config.n_routed_experts * bill.expert_parameters
     assert f"3 layers are packed as NF4, double quantised: {found / 1e9:.3f} GB" in line
     assert f"the accounting says {numbers * NF4_BYTES / 1e9:.3f} GB for 3 layers" in line
+
+
+def test_the_whole_model_takes_what_inspect_says_it_will(tmp_path):
+    config = preset("tiny", hidden_size=256, moe_intermediate_size=128, intermediate_size=256, q_lora_rank=64)
+    for name, value in {"kv_lora_rank": 64, "qk_rope_head_dim": 32, "v_head_dim": 32}.items():
+        setattr(config, name, value)
+    folder = write_checkpoint(config, tmp_path / "model", quantized=False)
+    state = load(folder, four_bit(), dtype=torch.bfloat16).state_dict()
+    # A linear of bitsandbytes also stores its kind, and the map that its codes stand for.
+    found = sum(tensor.nbytes for name, tensor in state.items() if "quant_map" not in name and "_state." not in name)
+    assert found == pytest.approx(inspect(folder).needs["nf4"]["weights"], rel=2e-3)
 
 
 @pytest.mark.parametrize(("kind", "most"), [("nf4", 0.57), ("single", 0.57), ("int8", 1.01)])

@@ -5,12 +5,14 @@ import torch
 from adapters import adapters, change, randomise, reference, relative
 from bitsandbytes import functional, nn
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from test_lora_trainer import dataset, logged, run
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from deepseek_v3 import DeepseekV3ForCausalLM, lora_target_modules
 from deepseek_v3.quantization import BnbExperts
 from twins import make_model
 
+__all__ = ["dataset"]  # a fixture
 TOKENS = torch.randint(3, 512, (2, 12), generator=torch.Generator().manual_seed(3))
 # Widths that bitsandbytes packs: multiples of 64.
 SIZES = {"q_lora_rank": 64, "kv_lora_rank": 64, "moe_intermediate_size": 64, "v_head_dim": 32}
@@ -217,9 +219,10 @@ def test_peft_s_preparation_for_training_keeps_the_experts_packed(folder):
     )
 
 
-def test_steps_move_the_adapters_and_nothing_that_is_packed(folder):
-    model = adapted(load(folder)).train()
-    frozen = {name: b.clone() for name, b in model.named_buffers() if b.dtype in (torch.uint8, torch.float32)}
+@pytest.mark.parametrize("bits", [4, 8])
+def test_steps_move_the_adapters_and_nothing_that_is_packed(folder, bits):
+    model = adapted(load(folder, bits)).train()
+    frozen = {name: buffer.clone() for name, buffer in model.named_buffers()}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
     for _ in range(5):
@@ -230,7 +233,16 @@ def test_steps_move_the_adapters_and_nothing_that_is_packed(folder):
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.2
     kept = {n: b for n, b in model.named_buffers() if "codes" in n or "absmax" in n or "offset" in n}
-    assert len(kept) > 20 and all(torch.equal(b, frozen[n]) for n, b in kept.items())
+    assert len(kept) == {4: 24, 8: 12}[bits] and all(torch.equal(b, frozen[n]) for n, b in kept.items())
+
+
+def test_a_run_resumed_over_a_packed_base_is_the_uninterrupted_one(folder, dataset, tmp_path):
+    options = {"max_steps": 4, "save_steps": 2, "activation_checkpointing": True}
+    whole = run(tmp_path / "whole", dataset, load(folder), **options)
+    assert logged(whole)[-1] < logged(whole)[0] - 0.05 and logged(whole, "mtp_loss")[-1] > 0
+    checkpoint = str(tmp_path / "whole" / "checkpoint-2")
+    resumed = run(tmp_path / "again", dataset, load(folder), resume=checkpoint, **options)
+    assert len(logged(whole)) == 4 and logged(resumed) == logged(whole)
 
 
 def test_under_distributed_data_parallel(folder, tmp_path):
