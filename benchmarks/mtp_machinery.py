@@ -55,6 +55,7 @@ def main():
     args.add_argument("--rate", type=float, default=0.85)
     args.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32, 128])
     args.add_argument("--new", type=int, default=512)
+    args.add_argument("--rounds", type=int, default=3)
     options = args.parse_args()
     model = make_model()
     speculative.accept = forced(options.rate)
@@ -71,7 +72,7 @@ def main():
             more = {"use_mtp": True, "num_assistant_tokens": 1, "return_dict_in_generate": True}
             statistics.append(model.generate(prompt, **kwargs, **more).mtp)
 
-        times = timed({"plain": plain, "mtp": mtp}, rounds=3)
+        times = timed({"plain": plain, "mtp": mtp}, rounds=options.rounds)
         tokens = sum(s.tokens_per_step for s in statistics) / len(statistics)
         speedup = times["plain"] / times["mtp"]
         rows.append([batch, times["plain"], times["mtp"], tokens, speedup, speedup / tokens])

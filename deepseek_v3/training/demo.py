@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from ..configuration import account
 from .data import pack
+from .demo_decoding import compare_decoding
 from .evaluation import bits_per_byte, expert_shares, max_violation, mtp_acceptance, xz_bits_per_byte
 from .train import TrainResult, TrainSettings, train
 
@@ -68,9 +69,14 @@ def run_demo(output: str, steps: int = STEPS, seed: int = 0) -> dict[str, Any]:
     _check_same(result, model)
     completions = _complete(model, tokenizer, result.held_out)
 
-    print("3. Measure on held-out files")
+    print("3. Decode the same prompts with the model's own MTP module drafting")
+    decoding = compare_decoding(model, tokenizer, [one["prompt"] for one in completions])
+    _print_decoding(decoding)
+
+    print("4. Measure on held-out files")
     report = _measure(model, tokenizer, result)
     report |= {"seconds_training": round(trained, 1), "steps": steps, "completions": completions}
+    report["decoding"] = decoding
     _draw(Path(output, "report.png"), result, report)
     report["seconds"] = round(time.perf_counter() - started, 1)
     Path(output, "report.json").write_text(json.dumps(report, indent=2))
@@ -99,6 +105,15 @@ def _complete(model: Any, tokenizer: Any, held_out: list[tuple[Path, str]]) -> l
         shown = "\n".join(f"   | {line}" for line in (prompt[-120:] + "\033[1m" + completed + "\033[0m").splitlines())
         print(f"   {path.name}:\n{shown}\n")
     return completions
+
+
+def _print_decoding(decoding: dict[str, Any]) -> None:
+    if not decoding["same_text"]:
+        raise RuntimeError("speculative decoding gives another text than plain decoding")
+    rates = ", ".join(f"{rate:.0%}" for rate in decoding["acceptance"]) or "none made"
+    plain, mtp = decoding["seconds"]["plain"], decoding["seconds"]["mtp"]
+    print(f"   the same text, {decoding['tokens_per_step']:.2f} tokens a step; drafts accepted by depth: {rates}")
+    print(f"   plain {plain:.1f} s, with MTP {mtp:.1f} s: {plain / mtp:.2f} times as fast\n")
 
 
 def _some_text(held_out: list[tuple[Path, str]], size: int) -> list[str]:

@@ -6,8 +6,10 @@ import sys
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deepseek_v3.cli import main
+from deepseek_v3.training.demo_decoding import compare_decoding
 
 
 def test_help_of_every_command(capsys):
@@ -40,12 +42,28 @@ def test_train_leaves_a_model_a_tokenizer_and_a_log(trained):
     assert "max_vio" in log[0]
 
 
-def test_generate_completes_prompts_and_train_goes_on(trained, capsys):
-    assert (
-        main(["generate", "--model", str(trained / "out"), "--prompt", "def f", "return", "--max-new-tokens", "4"])
-        == 0
-    )
-    assert len(capsys.readouterr().out.strip()) > 5
+def test_generate_streams_completions_with_figures(trained, capsys):
+    command = ["generate", "--model", str(trained / "out"), "--prompt", "def f", "return", "--max-new-tokens", "12"]
+    shown = {}
+    for drafts in ("0", "2", "auto"):
+        assert main([*command, "--drafts", drafts]) == 0
+        shown[drafts] = capsys.readouterr()
+    assert shown["0"].out.startswith("def f") and "\nreturn" in shown["0"].out
+    assert shown["0"].out == shown["2"].out == shown["auto"].out
+    assert [len(shown[drafts].err.split("accepted by depth")) - 1 for drafts in shown] == [0, 2, 2]
+    assert "[12 tokens, " in shown["0"].err
+
+
+def test_the_demo_compares_decodings_of_the_same_text(trained):
+    folder = trained / "out"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    found = compare_decoding(model, tokenizer, ["def f", "return argument"], new_tokens=20)
+    assert found["same_text"] and found["prompts"] == 2
+    assert 1 <= found["tokens_per_step"] <= 5 and all(0 <= rate <= 1 for rate in found["acceptance"])
+    assert min(found["seconds"].values()) > 0
+
+
+def test_train_goes_on_from_a_folder(trained):
     more = [
         "train",
         "--data",
@@ -66,6 +84,7 @@ def test_generate_completes_prompts_and_train_goes_on(trained, capsys):
         (["train", "--data", "{data}", "--output", "out", "--set", "n_group"], "write FIELD=VALUE"),
         (["train", "--data", "{data}", "--output", "out", "--set", "n_group=3", "--held-out", "0.1"], "n_group = 3"),
         (["generate", "--model", "nowhere", "--prompt", "x"], "nowhere"),
+        (["generate", "--model", "{data}/../out", "--prompt", "x", "--chat"], "no chat template"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments, message, trained, tmp_path, monkeypatch, capsys):
