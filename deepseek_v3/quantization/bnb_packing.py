@@ -152,8 +152,10 @@ def packing_of(config: Any) -> Packing:
     """What a `BitsAndBytesConfig` asks for.
 
     Raises:
-        ValueError: a 4-bit type that bitsandbytes does not know, or 8-bit with 16-bit master weights.
+        ValueError: neither 4 nor 8 bits, a 4-bit type that bitsandbytes does not know, 8-bit with 16-bit weights.
     """
+    if not (config.load_in_4bit or config.load_in_8bit):
+        raise ValueError("the BitsAndBytesConfig asks for nothing: set load_in_4bit=True or load_in_8bit=True")
     if config.load_in_4bit:
         if config.bnb_4bit_quant_type not in ("nf4", "fp4"):
             raise ValueError(f"bnb_4bit_quant_type={config.bnb_4bit_quant_type!r}: choose 'nf4' or 'fp4'")

@@ -155,6 +155,7 @@ def test_classes_called_directly_do_the_same(even, tmp_path):
     expected = load(even, four_bit())
     model = DeepseekV3ForCausalLM.from_pretrained(even, quantization_config=four_bit(), dtype=torch.float32)
     assert torch.equal(outputs(model), outputs(expected))
+    assert torch.equal(outputs(load(even, four_bit().to_dict())), outputs(expected))
     model.save_pretrained(tmp_path)
     again = DeepseekV3ForCausalLM.from_pretrained(str(tmp_path), num_nextn_predict_layers=0)
     assert len(experts_of(again)) == 2 and again.dtype == torch.float32
@@ -249,6 +250,31 @@ def test_generation_over_packed_experts_is_that_of_the_dequantised_model(even):
     assert torch.equal(model.generate(prompt, max_new_tokens=8, do_sample=False, use_mtp=True), expected)
 
 
+@pytest.mark.parametrize("form", ["absorbed", "expanded"])
+def test_in_8_bits_cached_decoding_is_the_whole_forward(even, form):
+    model = load(even, EIGHT_BIT)
+    model.config.mla_form = form
+    with torch.no_grad():
+        expected = model(TOKENS).logits
+        step = model(TOKENS[:, :5], use_cache=True)
+        pieces = [step.logits]
+        for i in range(5, TOKENS.shape[1]):
+            step = model(TOKENS[:, i : i + 1], past_key_values=step.past_key_values)
+            pieces.append(step.logits)
+    # bitsandbytes rounds activations to 8 bits, row by row.
+    assert relative(torch.cat(pieces, 1), expected) < 5e-2
+
+
+def test_what_cannot_be_packed_is_said_in_one_line(tmp_path, caplog):
+    model = load(write_bf16(tmp_path / "odd", **ODD), four_bit())
+    lines = [line for line in logged(caplog).splitlines() if "left in 16 bits" in line]
+    plain = [module for module in model.modules() if type(module) is torch.nn.Linear]
+    assert len(lines) == 1 and lines[0].startswith(f"{len(plain) - 2} linears are left in 16 bits")  # head, eh_proj
+    caplog.clear()
+    load(tmp_path / "odd", EIGHT_BIT)
+    assert "left in 16 bits" not in logged(caplog)
+
+
 def test_experts_that_are_asked_to_stay_do(even):
     config = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["lm_head", "layers.2.mlp.experts"])
     model = load(even, config)
@@ -259,6 +285,8 @@ def test_experts_that_are_asked_to_stay_do(even):
 def test_bad_input(even, tmp_path):
     with pytest.raises(ValueError, match="bnb_4bit_quant_type='nf5': choose 'nf4' or 'fp4'"):
         load(even, four_bit(bnb_4bit_quant_type="nf5"))
+    with pytest.raises(ValueError, match="set load_in_4bit=True or load_in_8bit=True"):
+        load(even, BitsAndBytesConfig())
     with pytest.raises(ValueError, match="llm_int8_has_fp16_weight=True keeps 16-bit weights"):
         load(even, BitsAndBytesConfig(load_in_8bit=True, llm_int8_has_fp16_weight=True))
     for name, missing in {"one": ".layers.1.mlp.experts.3.up_proj", "all": ".layers.1.mlp.experts."}.items():
