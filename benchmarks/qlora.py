@@ -134,6 +134,8 @@ def main():
         config = preset("moonlight-16b-a3b", eos_token_id=None, pad_token_id=0)
     base = load(config, device)
     loaded = peak_bytes(device)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     error = check_experts(base, device)
     resident = base.get_memory_footprint()
     experts = sum(module.nbytes() for module in base.modules() if isinstance(module, BnbExperts))
