@@ -51,6 +51,7 @@ def mtp_hidden_states(
             inputs_embeds[:, depth:],
             _first(attention_mask, rows),
             position_ids[:, :rows],  # type: ignore[index]
+            token_mask=_joined(attention_mask, depth),
             **kwargs,
         )
         states.append(normed)
@@ -85,7 +86,6 @@ def run_depth(
         mla_form=form,
         mla_spans=spans,
         router_statistics=model.training,
-        token_mask=None if attention_mask is None or attention_mask.dim() != 2 else attention_mask.bool(),
         **kwargs,
     )
     if model.training:
@@ -154,6 +154,14 @@ def depth_labels(labels: torch.Tensor, position_ids: torch.Tensor | None, depth:
     document = starts.cumsum(dim=1)
     other = document != shifted(document, depth + 1)
     return targets.masked_fill(other.to(targets.device), IGNORE_INDEX)
+
+
+def _joined(attention_mask: torch.Tensor | None, depth: int) -> torch.Tensor | None:
+    """[B, T - depth], True where a row joins two tokens that are no padding: the rows that the experts' load counts,
+    however far the batch is padded. None where the mask does not tell."""
+    if attention_mask is None or attention_mask.dim() != 2:
+        return None
+    return attention_mask[:, :-depth].bool() & attention_mask[:, depth:].bool()
 
 
 def _first(attention_mask: torch.Tensor | None, rows: int) -> torch.Tensor | None:

@@ -179,3 +179,24 @@ def test_short_sequences_and_embeddings_as_input(tokens):
         by_token = model(tokens, labels=tokens, output_mtp_logits=True)
     assert torch.equal(by_embedding.loss, by_token.loss)
     assert torch.equal(by_embedding.mtp_logits[1], by_token.mtp_logits[1])
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_padding_counts_for_no_expert(side, tokens):
+    """The load of every router, MTP modules included, is that of the sequences by themselves."""
+    loads = []
+    for padding in (None, 0, 5):
+        model = make_model(num_nextn_predict_layers=2).train()
+        for length in (24, 9):
+            given = tokens[:1, :length]
+            if padding is not None:
+                rest = torch.full((1, 24 + padding - length), 2)
+                parts = (given, rest) if side == "right" else (rest, given)
+                mask = torch.cat([torch.ones_like(part) * int(part is given) for part in parts], dim=1)
+                given = torch.cat(parts, dim=1)
+                model(given, attention_mask=mask, labels=given.masked_fill(mask == 0, -100))
+            else:
+                model(given, labels=given)
+        loads.append(torch.stack([router.expert_load for router in model.model.routers().values()]))
+    assert loads[0].sum(dim=1).tolist() == [2 * 33, 2 * 33, 2 * 31, 2 * 29]
+    assert torch.equal(loads[1], loads[0]) and torch.equal(loads[2], loads[0])
