@@ -17,7 +17,7 @@ from transformers.trainer_callback import ExportableState, TrainerCallback
 
 from ..modeling_deepseek_v3 import DeepseekV3ForCausalLM
 from ..modeling_deepseek_v3.moe import DeepseekV3TopkRouter
-from .checks import check_dtypes, check_in_memory
+from .checks import check_dtypes, check_in_memory, check_sharding
 
 
 def routers_of(model: nn.Module) -> list[DeepseekV3TopkRouter]:
@@ -126,6 +126,7 @@ class RouterBalanceCallback(TrainerCallback, ExportableState):
         if not routers_of(model):
             raise ValueError(f"RouterBalanceCallback: {type(model).__name__} has no DeepseekV3TopkRouter to balance")
         check_in_memory(model)
+        check_sharding(model, args)
         if not (args.bf16 or args.fp16):
             check_dtypes(model)
         self._routers = routers_of(model)

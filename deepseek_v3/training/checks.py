@@ -14,6 +14,7 @@ from torch import nn
 
 from ..modeling_deepseek_v3.layers import DeepseekV3RMSNorm
 from ..modeling_deepseek_v3.moe import DeepseekV3TopkRouter
+from ..quantization import keeps_fp8
 
 FINGERPRINT_FILE = "base_fingerprint.json"
 _ROWS = 64
@@ -85,6 +86,23 @@ def check_dtypes(model: nn.Module) -> None:
                 f"Call model.to({first[1]}) before adding adapters, or train under autocast "
                 "(TrainingArguments(bf16=True))"
             )
+
+
+def check_sharding(model: nn.Module, args: Any) -> None:
+    """Refuse FSDP's mixed precision over FP8 codes, which it would cast like any other parameter.
+
+    Args:
+        model: the model, before or under FSDP.
+        args: the `TrainingArguments`.
+
+    Raises:
+        ValueError: both at once.
+    """
+    if args.fsdp and (args.bf16 or args.fp16) and keeps_fp8(model):
+        raise ValueError(
+            "FSDP's mixed precision (bf16 or fp16 in TrainingArguments) would cast the FP8 codes. Leave it out and "
+            "load the base with dtype=torch.bfloat16"
+        )
 
 
 def check_in_memory(model: nn.Module) -> None:

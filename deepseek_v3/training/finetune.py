@@ -217,6 +217,8 @@ def training_arguments(settings: FinetuneSettings) -> TrainingArguments:
 def finetune(settings: FinetuneSettings, say: Callable[[str], None] = print) -> dict[str, Any]:
     """Train under `transformers.Trainer`, and leave adapter or model, summary.json, loss.png and README.md.
 
+    Of several processes (torchrun) the first alone writes.
+
     Args:
         settings: see `FinetuneSettings`.
         say: takes the lines of progress that are no progress bar.
@@ -258,6 +260,9 @@ def finetune(settings: FinetuneSettings, say: Callable[[str], None] = print) -> 
         summary |= counts
         _say_lost(settings, counts, say)
     trainer.save_model(settings.output)
+    if not trainer.is_world_process_zero():
+        return summary
+    plot_losses(os.path.join(settings.output, "loss.png"), trainer.state.log_history)
     if settings.method != "full":
         save_fingerprint(fingerprint, settings.output)
     if settings.method != "full" and settings.router_bias_rate:
@@ -311,7 +316,6 @@ def _measured(trainer: Trainer, seconds: float) -> dict[str, Any]:
     history = trainer.state.log_history
     losses = [entry["loss"] for entry in history if "loss" in entry]
     last = [entry for entry in history if "main_loss" in entry][-1]
-    plot_losses(os.path.join(str(trainer.args.output_dir), "loss.png"), history)
     measured = {"steps": trainer.state.global_step, "first_loss": losses[0], "last_loss": losses[-1]}
     measured |= {name: last[name] for name in ("main_loss", "mtp_loss", "max_vio") if name in last}
     held_out = [entry["eval_loss"] for entry in history if "eval_loss" in entry]

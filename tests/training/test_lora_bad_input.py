@@ -1,6 +1,7 @@
 """What cannot work with adapters is one clear error, before anything is trained or changed."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -97,6 +98,21 @@ def test_layers_of_two_dtypes_are_named(part, tmp_path):
     with pytest.raises(ValueError, match="their products do not mix"):
         train()
     train(bf16=True)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_fp8_codes_are_not_cast_by_fsdp(precision, folders):
+    base = AutoModelForCausalLM.from_pretrained(folders / "fp8", quantization_config=FP8Config(keep=True))
+    model = get_peft_model(base, LoraConfig(r=2, **lora_target_modules(base.config, "all")))
+    state = SimpleNamespace(global_step=0)
+    args = SimpleNamespace(fsdp=True, bf16=False, fp16=False)
+    RouterBalanceCallback().on_train_begin(args, state, None, model=model)
+    setattr(args, precision, True)
+    with pytest.raises(ValueError, match=r"would cast the FP8 codes.*dtype=torch\.bfloat16"):
+        RouterBalanceCallback().on_train_begin(args, state, None, model=model)
+    RouterBalanceCallback().on_train_begin(args, state, None, model=make_model())
+    args.fsdp = False
+    RouterBalanceCallback().on_train_begin(args, state, None, model=model)
 
 
 def test_adapters_routers_and_codes_bring_dtypes_of_their_own(folders):
