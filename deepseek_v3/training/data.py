@@ -16,7 +16,9 @@ ROW_FILES = (".json", ".jsonl", ".parquet")
 BOS, EOS, PAD = "<|begin|>", "<|end|>", "<|pad|>"
 
 
-def text_files(sources: Sequence[str | Path], suffixes: Sequence[str] = (".txt", ".py", ".md")) -> list[Path]:
+def text_files(
+    sources: Sequence[str | Path], suffixes: Sequence[str] = (".txt", ".py", ".md", ".jsonl", ".parquet")
+) -> list[Path]:
     """The files among `sources`, and those with one of `suffixes` below the folders among them, sorted.
 
     Raises:

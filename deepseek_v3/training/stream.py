@@ -15,27 +15,10 @@ from typing import Any
 import torch
 from transformers.trainer_callback import ExportableState, TrainerCallback
 
-from .data import ROW_FILES, draw, read_texts, text_files, text_of, text_rows
+from .data import ROW_FILES, draw, read_texts, text_of, text_rows
 
 # Texts that the tokenizer gets at once.
 _GROUP = 32
-_TEXTS = (".txt", ".py", ".md")
-
-
-def stream_files(sources: Sequence[str]) -> list[Path]:
-    """The files among `sources` and below its folders that hold texts, all of one kind.
-
-    Raises:
-        FileNotFoundError: a source does not exist.
-        ValueError: there is no such file, or they are of several kinds.
-    """
-    files = text_files(sources, (*_TEXTS, *ROW_FILES))
-    kinds = {file.suffix if file.suffix in ROW_FILES else "text" for file in files}
-    if len(kinds) > 1:
-        raise ValueError(
-            f"--data holds {' and '.join(sorted(kinds))} files: name those of one kind, as in data/*.jsonl"
-        )
-    return files
 
 
 class Source:
@@ -45,7 +28,7 @@ class Source:
     number when it is taken after going on from one.
 
     Args:
-        files: of one kind, in the order in which they are read.
+        files: in the order in which they are read.
         place: as of `place`; None begins.
     """
 
@@ -90,7 +73,7 @@ class PackedStream(torch.utils.data.IterableDataset):
     """Blocks of tokens without an end, pass after pass over the files; each as `data.pack` makes them.
 
     Args:
-        files: of one kind, see `stream_files`.
+        files: texts, or JSONL, JSON and Parquet files with a column `text`.
         tokenizer: any tokenizer with BOS and EOS.
         length: tokens in a block.
         mask_documents: add `position_ids` that restart at each text.

@@ -22,7 +22,7 @@ from .fp8 import AdamWBF16, FP8Recipe, FP8StatisticsCallback, disable_fp8_traini
 from .run_plot import plot_training
 from .run_trainer import CheckpointLogCallback, RunTrainer, ScheduledRunTrainer
 from .schedules import BatchRamp, ReportSchedule
-from .stream import PackedStream, StreamCallback, saved_place, stream_files, stream_texts
+from .stream import PackedStream, StreamCallback, saved_place, stream_texts
 from .train_settings import TrainSettings, as_options, settled
 
 CONFIG, LOG, PLOT = "train_config.json", "training_log.json", "loss.png"
@@ -55,10 +55,10 @@ def load_texts(settings: TrainSettings) -> Texts:
     Raises:
         FileNotFoundError, ValueError: no texts, or too few to hold some out.
     """
+    files = text_files(settings.data)
     if not settings.stream:
-        train, held_out = split_texts(read_texts(text_files(settings.data), settings.limit_bytes), settings.held_out)
+        train, held_out = split_texts(read_texts(files, settings.limit_bytes), settings.held_out)
         return Texts(train, [], held_out)
-    files = stream_files(settings.data)
     if not settings.eval_steps:
         return Texts([], files, [])
     kept = head(stream_texts(files, settings.held_out, evaluated=True), settings.eval_bytes)

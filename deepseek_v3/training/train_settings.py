@@ -30,7 +30,7 @@ class TrainSettings:
     """Everything `train` needs. Each field is the option of its name, with `-` for `_` (`overrides` is `--set`);
     what an option does is its help. The defaults are a few minutes of two CPU cores."""
 
-    data: list[str] = _option(list, "text files, folders of .txt .py .md, JSONL or Parquet with texts", metavar="PATH")
+    data: list[str] = _option(list, "files with texts, and folders of .txt .py .md .jsonl .parquet", metavar="PATH")
     output: str = _option("", "folder for the model, its tokenizer, checkpoints, logs and loss.png")
     model: str = _option("small", "preset, or a model folder to go on with")
     overrides: dict[str, Any] = _option(
