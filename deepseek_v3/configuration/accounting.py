@@ -10,7 +10,7 @@ from functools import cached_property
 from math import prod
 from typing import Any
 
-from .layout import is_moe_layer, layer_tensors, mlp_matrices, official_tensors
+from .layout import is_moe_layer, layer_tensors, mlp_matrices, official_tensors, outer_tensors
 
 BYTES = {"fp8": 1, "scale": 4, "bf16": 2, "f32": 4}
 # Bytes a number of bitsandbytes' NF4 with double quantisation: four bits, a byte for each 64 of them, a float32 for
@@ -37,9 +37,17 @@ class Account:
         """Parameters by part of the main model: embedding, head, attention, dense_mlp, routed_experts,
         shared_experts, router, norms. They add up to `main_parameters`."""
         parts: Counter[str] = Counter()
-        for spec in official_tensors(self.config):
-            if not self._is_mtp(spec.name):
-                parts[part_of(spec.name)] += prod(spec.shape)
+        embedding, *last = outer_tensors(self.config)
+        parts[part_of(embedding.name)] += prod(embedding.shape)
+        # Layers of a kind are all alike: one of each is counted out.
+        kinds: dict[bool, list[int]] = {}
+        for layer_idx in range(self.config.num_hidden_layers):
+            kinds.setdefault(is_moe_layer(self.config, layer_idx), []).append(layer_idx)
+        for layers in kinds.values():
+            for spec in layer_tensors(self.config, layers[0]):
+                parts[part_of(spec.name)] += len(layers) * prod(spec.shape)
+        for spec in last:
+            parts[part_of(spec.name)] += prod(spec.shape)
         return dict(parts)
 
     @cached_property
@@ -151,10 +159,6 @@ class Account:
     def _embedding_only(self) -> int:
         """Size of a table that serves as embedding and not as head; 0 where the two are tied."""
         return self.parts["embedding"] if "head" in self.parts else 0
-
-    def _is_mtp(self, name: str) -> bool:
-        pieces = name.split(".")
-        return pieces[1] == "layers" and int(pieces[2]) >= self.config.num_hidden_layers
 
     @cached_property
     def _mtp_stored(self) -> int:

@@ -90,9 +90,12 @@ def _feed_forward(config: Any, layer_idx: int, prefix: str, quantized: bool) -> 
         return
     yield TensorSpec(f"{prefix}.gate.weight", (config.n_routed_experts, config.hidden_size), "bf16")
     yield TensorSpec(f"{prefix}.gate.e_score_correction_bias", (config.n_routed_experts,), "f32")
+    matrices = mlp_matrices(config, config.moe_intermediate_size)
+    one = [spec for name, shape in matrices for spec in _matrix(f".{name}", shape, quantized)]
     for expert in range(config.n_routed_experts):
-        for name, shape in mlp_matrices(config, config.moe_intermediate_size):
-            yield from _matrix(f"{prefix}.experts.{expert}.{name}", shape, quantized)
+        before = f"{prefix}.experts.{expert}"
+        for name, shape, kind in one:
+            yield TensorSpec(before + name, shape, kind)
     if config.n_shared_experts:
         for name, shape in mlp_matrices(config, config.moe_intermediate_size * config.n_shared_experts):
             yield from _matrix(f"{prefix}.shared_experts.{name}", shape, quantized)
@@ -117,6 +120,18 @@ def layer_tensors(config: Any, layer_idx: int, quantized: bool = False) -> Itera
         yield TensorSpec(f"{prefix}.{norm}.weight", (hidden,), "bf16")
 
 
+def outer_tensors(config: Any) -> list[TensorSpec]:
+    """What lies around the layers: embedding, last norm and, where it is not the embedding, the head."""
+    table = (config.vocab_size, config.hidden_size)
+    specs = [
+        TensorSpec("model.embed_tokens.weight", table, "bf16"),
+        TensorSpec("model.norm.weight", table[1:], "bf16"),
+    ]
+    if not getattr(config, "tie_word_embeddings", False):
+        specs.append(TensorSpec("lm_head.weight", table, "bf16"))
+    return specs
+
+
 def official_tensors(config: Any, quantized: bool = False) -> Iterator[TensorSpec]:
     """Every tensor of the official checkpoint of `config`, in the order of the layers.
 
@@ -124,11 +139,10 @@ def official_tensors(config: Any, quantized: bool = False) -> Iterator[TensorSpe
         config: a `DeepseekV3Config`, or any object with its attributes.
         quantized: True for the FP8 files (codes and scales), False for the BF16 ones.
     """
-    yield TensorSpec("model.embed_tokens.weight", (config.vocab_size, config.hidden_size), "bf16")
+    embedding, *last = outer_tensors(config)
+    yield embedding
     for layer_idx in range(config.num_hidden_layers):
         yield from layer_tensors(config, layer_idx, quantized)
-    yield TensorSpec("model.norm.weight", (config.hidden_size,), "bf16")
-    if not getattr(config, "tie_word_embeddings", False):
-        yield TensorSpec("lm_head.weight", (config.vocab_size, config.hidden_size), "bf16")
+    yield from last
     for depth in range(config.num_nextn_predict_layers or 0):
         yield from layer_tensors(config, config.num_hidden_layers + depth, quantized)
