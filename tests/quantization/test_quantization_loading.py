@@ -9,6 +9,7 @@ import torch
 from official import awkward_config, config_json, dequantized, logged, raw, stored
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers.utils import logging
 from transformers.utils.quantization_config import FineGrainedFP8Config
 
 from deepseek_v3 import DeepseekV3ForCausalLM, DeepseekV3ForSequenceClassification, FP8Config
@@ -302,3 +303,15 @@ def test_state_dicts_of_official_names_load_whole_and_in_shards(fp8_folder, kept
         parameter.data.zero_()
     plain.load_state_dict(tensors)
     assert all(torch.equal(tensor, before[name]) for name, tensor in plain.state_dict().items())
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_loading_shows_a_progress_bar(keep, fp8_folder, capfd):
+    shown = logging.is_progress_bar_enabled()
+    logging.enable_progress_bar()
+    try:
+        load(fp8_folder, quantization_config=FP8Config(keep=keep))
+    finally:
+        if not shown:
+            logging.disable_progress_bar()
+    assert "Loading weights: 100%" in capfd.readouterr().err
