@@ -94,8 +94,8 @@ def _feed_forward(config: Any, layer_idx: int, prefix: str, quantized: bool) -> 
     one = [spec for name, shape in matrices for spec in _matrix(f".{name}", shape, quantized)]
     for expert in range(config.n_routed_experts):
         before = f"{prefix}.experts.{expert}"
-        for name, shape, kind in one:
-            yield TensorSpec(before + name, shape, kind)
+        for part in one:
+            yield TensorSpec(before + part.name, part.shape, part.kind)
     if config.n_shared_experts:
         for name, shape in mlp_matrices(config, config.moe_intermediate_size * config.n_shared_experts):
             yield from _matrix(f"{prefix}.shared_experts.{name}", shape, quantized)

@@ -16,7 +16,6 @@ from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 
 from ..modeling_deepseek_v3.cache import LatentCache, RowSlots
-from ..modeling_deepseek_v3.graphs import MOST_TOKENS
 from .acceptance import accept, accept_one, choose
 from .drafting import Drafter, Rows
 from .recording import Recorder
@@ -156,7 +155,8 @@ class SpeculativeDecoder:
 
     def _step(self, drafts: int) -> None:
         graphs = self.cache.graphs
-        if graphs is not None and self.scorer.capturable and not self.recorder.wanted and drafts < MOST_TOKENS:
+        plain = self.scorer.capturable and not self.recorder.wanted
+        if plain and graphs is not None and graphs.take(drafts + 1):
             extent = max(max(self.rows.stands) + drafts + 1, self.drafter.reach(drafts))
             kind = ("step", len(self.rows.index), drafts, self.config.do_sample, self.cache.mtp_start > 0)
             settled = graphs.run(kind, self.cache.layers, extent, lambda: self._judge(*self._forward(drafts)[1:]), ())

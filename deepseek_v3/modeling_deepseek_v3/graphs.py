@@ -46,6 +46,11 @@ class DecodeGraphs:
         self._pool: Any = None
         self._inside = False  # of a function that is run or captured as a whole
 
+    @staticmethod
+    def take(tokens: int) -> bool:
+        """Whether a step may have so many new tokens a row."""
+        return tokens <= MOST_TOKENS
+
     def select(self, keep: torch.Tensor) -> None:
         """Go on with the rows `keep` of the batch."""
         if self.starts is not None:
@@ -54,7 +59,7 @@ class DecodeGraphs:
     def spans(self, cache: LatentCache, batch: int, tokens: int) -> Spans | None:
         """What T new tokens of every row see that are appended to `cache`; None where a mask must say it."""
         layer = cache.layers[0] if cache.layers else None
-        if tokens > MOST_TOKENS or not isinstance(layer, LatentLayer) or not layer.is_initialized:
+        if not self.take(tokens) or not isinstance(layer, LatentLayer) or not layer.is_initialized:
             return None
         seen = layer.get_seq_length()
         slots = torch.arange(seen, seen + tokens, device=layer.device).expand(batch, -1)
@@ -62,7 +67,7 @@ class DecodeGraphs:
 
     def row_spans(self, slots: torch.Tensor, extent: int, least: int = 0) -> Spans | None:
         """As `spans` where rows write to [B, T] slots of their own below `extent` and see none before `least`."""
-        if slots.shape[1] > MOST_TOKENS:
+        if not self.take(slots.shape[1]):
             return None
         starts = self.starts
         if least:

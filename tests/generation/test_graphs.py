@@ -129,3 +129,17 @@ def test_a_model_off_the_gpu_or_with_hooks_is_not_captured():
     assert graphs._is_capturable(own.model.layers[0].mlp.gate_proj)
     own.model.layers[0].mlp.gate_proj.register_forward_hook(lambda *arguments: None)
     assert not graphs._is_capturable(own.model.layers[0].mlp.gate_proj)
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_a_compiled_model_drafts_and_verifies(cache):
+    own = make_model(vocab_size=40, pad_token_id=2, eos_token_id=1)
+    prompt, mask = batch("left")
+    kwargs = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    expected = own.generate(prompt, **kwargs)
+    own.forward = torch.compile(own.forward, backend="eager")
+    kwargs |= {"use_mtp": True, "num_assistant_tokens": 1}
+    before = sum(torch._dynamo.utils.counters["stats"].values())
+    assert torch.equal(own.generate(prompt, cache_implementation=cache, **kwargs), expected)
+    assert sum(torch._dynamo.utils.counters["stats"].values()) > before  # it was compiled
+    assert not torch._dynamo.utils.counters["graph_break"]
