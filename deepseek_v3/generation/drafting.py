@@ -3,7 +3,7 @@
 A row stands at slot n: the main model has processed the tokens in slots 0 .. n - 1 and chosen the one for slot n. The
 first module's row i holds the state of token i and the embedding of token i + 1, so its cache ends one earlier than
 what it has been told. Before each draft the last rows of every module are run again with what is known now, which
-overwrites whatever earlier drafts left there.
+overwrites whatever earlier drafts left there; without drafts that happens every few steps.
 
 What a step changes lies in tensors that keep their place, so that a graph may replay the step on them.
 
@@ -100,6 +100,7 @@ class Drafter:
         self.fresh = torch.empty(0)  # [B, deepest + 1, D], states of slots n .. n + deepest, not all of them valid
         # [B, 1 + deepest + 1]: how many tokens a row was given beyond slot n and not moved on by, and the tokens.
         self.settled = rows.n.new_zeros(len(rows.index), deepest + 2)
+        self.missed = self.window  # tokens that a row was given at most since the modules ran
 
     def start(self, states: torch.Tensor, embeddings: torch.Tensor, past: int) -> None:
         """Run the modules over the prompt, as far as its tokens are known.
@@ -138,31 +139,55 @@ class Drafter:
         """Draft `count` tokens for every row.
 
         Args:
-            count: at least 1; also with 1 the modules' caches are brought up to date.
+            count: at least 1.
             choose: takes (drafts so far [B, j], logits [B, V]) and gives tokens [B] and their distribution.
 
         Returns:
             Drafts [B, count], and each one's distribution [B, V] (None if greedy).
         """
-        rows = self.rows
-        window = rows.n[:, None] + torch.arange(-self.window, 0, device=rows.n.device)
-        following = torch.nn.functional.pad(self.embeddings, (0, 0, 0, self.modules))
-        previous, drafts, drawn = self.states, rows.n.new_empty(len(rows.index), 0), []
-        for depth in range(count):
+        rows, drafts, drawn = self.rows, self.rows.n.new_empty(len(self.rows.index), 0), []
+        again, window, following, previous = self._known_rows()
+        for depth in range(max(count, self.modules)):
             if depth < self.modules:
-                embeds = following[:, depth : depth + self.window]
-                normed, previous = self._run(depth, previous, embeds, window, -self.window)
+                embeds = following[:, depth : depth + again]
+                normed, previous = self._run(depth, previous, embeds, window, -again)
                 carry = previous[:, -1:]
             else:  # the last module again, on its own output, one row further each time
                 offset = depth - self.modules
                 embeds = self.embed(drafts[:, -1:])
                 normed, carry = self._run(self.modules - 1, carry, embeds, (rows.n + offset)[:, None], offset)
+            if depth >= count:
+                continue  # a module that drafts nothing in this step
             tokens, distribution = choose(drafts, self.model.lm_head(normed[:, -1]))
             drafts = torch.cat((drafts, tokens[:, None]), dim=1)
             drawn.append(distribution)
             if depth + 1 < self.modules:
-                following[:, self.window + depth] = self.embed(tokens)
+                following[:, again + depth] = self.embed(tokens)
         return drafts, drawn
+
+    def refresh(self) -> None:
+        """Bring the modules' caches up to date, as far as the tokens are known."""
+        again, window, following, previous = self._known_rows()
+        for module in range(self.modules):
+            _, previous = self._run(module, previous, following[:, module : module + again], window, -again)
+
+    def _known_rows(self) -> tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The rows that are run again before n: how many, their slots [B, r], the embeddings after them [B, r +
+        modules, D], zeros where no token is known, and their states [B, r, D]."""
+        again, n = self._again, self.rows.n
+        window = n[:, None] + torch.arange(-again, 0, device=n.device)
+        following = torch.nn.functional.pad(self.embeddings[:, -again:], (0, 0, 0, self.modules))
+        return again, window, following, self.states[:, -again:]
+
+    @property
+    def _again(self) -> int:
+        """Rows of each module that are run again: those whose tokens were not known, or all that a graph may need."""
+        return self.window if self.cache.graphs is not None else min(self.missed + self.modules - 1, self.window)
+
+    @property
+    def due(self) -> bool:
+        """Whether the modules must run now, or rows will be missed."""
+        return self.missed + self.modules - 1 >= self.window
 
     def _run(
         self,
@@ -202,6 +227,7 @@ class Drafter:
         """Take what a verification settled: for each row how many tokens it keeps (0 for one that takes no part), and
         k + 1 tokens from slot n + 1 on, right as far as they are kept."""
         new = torch.tensor(settled)
+        self.missed += max(row[0] for row in settled)
         self.settled[:, : new.shape[1]].copy_(new, non_blocking=True)
 
     def advance(self) -> None:

@@ -154,21 +154,27 @@ class SpeculativeDecoder:
     # A step
 
     def _step(self, drafts: int) -> None:
-        graphs = self.cache.graphs
+        graphs, refresh = self.cache.graphs, drafts == 0 and self.drafter.due
         plain = self.scorer.capturable and not self.recorder.wanted
         if plain and graphs is not None and graphs.take(drafts + 1):
             extent = max(max(self.rows.stands) + drafts + 1, self.drafter.reach(drafts))
-            kind = ("step", len(self.rows.index), drafts, self.config.do_sample, self.cache.mtp_start > 0)
-            settled = graphs.run(kind, self.cache.layers, extent, lambda: self._judge(*self._forward(drafts)[1:]), ())
-            self._keep(None, *_parted(settled))
+            kind = ("step", len(self.rows.index), drafts, refresh, self.config.do_sample, self.cache.mtp_start > 0)
+            layers = self.cache.layers
+            settled = graphs.run(kind, layers, extent, lambda: self._judge(*self._forward(drafts, refresh)[1:]), ())
+            output, results = None, _parted(settled)
         else:
-            output, logits, drafted, drawn = self._forward(drafts)
-            self._keep(output, *self._verify(logits, drafted, drawn))
+            output, logits, drafted, drawn = self._forward(drafts, refresh)
+            results = self._verify(logits, drafted, drawn)
+        if drafts or refresh:
+            self.drafter.missed = 0
+        self._keep(output, *results)
 
-    def _forward(self, drafts: int) -> tuple[Any, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    def _forward(self, drafts: int, refresh: bool) -> tuple[Any, torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Draft, and let the main model process the last token and the drafts: its output and its logits
         [B, k + 1, V], the drafts [B, k] and their distributions."""
         self.drafter.advance()
+        if refresh:
+            self.drafter.refresh()
         rows = self.rows
         drafted, drawn = self._draft(drafts)
         tokens = torch.cat((rows.chosen[:, None], drafted), dim=1)  # [B, k + 1]
@@ -302,7 +308,7 @@ class SpeculativeDecoder:
     def _settle(self) -> None:
         """Leave the cache as a later call expects it: every module's rows up to date, no slot beyond the tokens."""
         self.drafter.advance()
-        self.drafter.draft(1, lambda drafts, logits: choose(logits, sample=False))
+        self.drafter.refresh()
         self.cache.settle(max(self.rows.stands))
 
 

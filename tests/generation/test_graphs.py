@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from deepseek_v3 import LatentCache
+from deepseek_v3.generation import statistics
 from deepseek_v3.modeling_deepseek_v3 import graphs, model
 from twins import YARN, make_model
 
@@ -143,3 +144,23 @@ def test_a_compiled_model_drafts_and_verifies(cache):
     assert torch.equal(own.generate(prompt, cache_implementation=cache, **kwargs), expected)
     assert sum(torch._dynamo.utils.counters["stats"].values()) > before  # it was compiled
     assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.parametrize("replayed", [False, True])
+@pytest.mark.parametrize("depths", [1, 2])
+def test_modules_miss_no_row_while_nothing_is_drafted(depths, replayed, log, monkeypatch):
+    """Their caches after plain steps are those after drafting ones: drafts made later see the whole text."""
+    own = small(num_nextn_predict_layers=depths)
+    prompt, mask = batch("left")
+    kwargs = {"attention_mask": mask, "max_new_tokens": 23, "do_sample": False, "eos_token_id": None}
+    kwargs |= {"use_mtp": True, "return_dict_in_generate": True, "disable_compile": not replayed}
+    drafting = own.generate(prompt, num_assistant_tokens=3, **kwargs)
+    monkeypatch.setattr(statistics.FixedDepth, "next", lambda policy: 0)
+    plain = own.generate(prompt, num_assistant_tokens=3, **kwargs)
+    assert plain.mtp.drafted == [] and torch.equal(plain.sequences, drafting.sequences)
+    end = prompt.shape[1] + 23 - 1 - depths  # beyond it tokens are guessed
+    for module in range(depths):
+        caches = [output.past_key_values.layers[own.config.num_hidden_layers + module] for output in (drafting, plain)]
+        for row, pad in enumerate((0, 3, 7, 10)):
+            ours, other = (cache.joint()[row, pad:end] for cache in caches)
+            torch.testing.assert_close(ours, other, rtol=1e-4, atol=1e-5)
