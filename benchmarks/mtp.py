@@ -34,7 +34,7 @@ def generate(model, prompts, new, **kwargs):
         prompts,
         attention_mask=torch.ones_like(prompts),
         max_new_tokens=new,
-        min_new_tokens=new,
+        eos_token_id=None,
         do_sample=False,
         **kwargs,
     )
@@ -42,13 +42,20 @@ def generate(model, prompts, new, **kwargs):
 
 @torch.inference_mode()
 def own_acceptance(model, prompts, sequences):
-    """Acceptance of depth 1 by teacher forcing on what the model itself has written after the prompts."""
+    """Acceptance of depth 1 by teacher forcing on what the model itself has written after the prompts, and the tokens
+    a step that it allows: a right draft saves its row the next step."""
     output = model(sequences, output_mtp_logits=True, use_cache=False)
     # The main model's row i + 1 and the module's row i both predict token i + 2.
     start = prompts.shape[1] - 1
     chosen, drafts = output.logits[:, start + 1 :].argmax(-1), output.mtp_logits[0][:, start:].argmax(-1)
     count = min(chosen.shape[1], drafts.shape[1])
-    return (chosen[:, :count] == drafts[:, :count]).float().mean().item()
+    hits = chosen[:, :count] == drafts[:, :count]
+    steps = 0
+    for row in hits.tolist():
+        at = 0
+        while at < count:
+            at, steps = at + 1 + row[at], steps + 1
+    return hits.float().mean().item(), hits.numel() / steps
 
 
 def measure(ours, native, prompts, new, depth, rounds):
@@ -65,8 +72,8 @@ def measure(ours, native, prompts, new, depth, rounds):
     seconds = alternate(runs, rounds)
     kwargs = {"use_mtp": True, "num_assistant_tokens": depth, "return_dict_in_generate": True}
     statistics = generate(ours, prompts, new, **kwargs).mtp
-    forced = own_acceptance(ours, prompts, outputs["plain"])
-    return ratio(seconds["plain"], seconds["mtp"]), ratio(seconds["native"], seconds["mtp"]), statistics, forced
+    own = own_acceptance(ours, prompts, outputs["plain"])
+    return ratio(seconds["plain"], seconds["mtp"]), ratio(seconds["native"], seconds["mtp"]), statistics, own
 
 
 def main():
@@ -96,7 +103,7 @@ def main():
             prompts = torch.tensor(blocks[:batch])
             plain, theirs, statistics, own = measure(ours, native, prompts, options.new, asked, options.rounds)
             rows.append(
-                [batch, depth, statistics.depth, statistics.tokens_per_step, own, plain["median"], theirs["median"]]
+                [batch, depth, statistics.depth, statistics.tokens_per_step, *own, plain["median"], theirs["median"]]
             )
             point = {
                 "batch": batch,
@@ -110,10 +117,11 @@ def main():
                     **point,
                     "tokens_per_step": statistics.tokens_per_step,
                     "acceptance": statistics.acceptance,
-                    "teacher_forced_on_own_text": own,
+                    "teacher_forced_on_own_text": own[0],
+                    "tokens_per_step_allowed_at_depth_1": own[1],
                 }
             )
-    columns = ["batch", "asked", "depth", "tokens a step", "acceptance", "x our plain", "x native plain"]
+    columns = ["batch", "asked", "depth", "tokens a step", "acceptance", "allowed", "x our plain", "x native plain"]
     print(f"acceptance by teacher forcing: {json.dumps(forced)}")
     finish("mtp", columns, rows, {"teacher_forced_acceptance": forced, "points": points}, options.output)
 

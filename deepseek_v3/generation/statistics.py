@@ -85,12 +85,12 @@ class FixedDepth:
 
 
 class AutoDepth:
-    """Climbs to the depth that gives most tokens a second, from one draft a step.
+    """Climbs to the depth that gives most tokens a second.
 
-    The depths beside the best one so far are tried for a few steps each; plain decoding, depth 0, is one of them. What
-    is best then stays for `patience` steps, after which its neighbours are tried again: acceptance and costs change as
-    the text does, and as rows end. The tokens of a step come from the acceptance of the whole call by depth, its cost
-    from the fastest of its latest trials.
+    One draft, none (plain decoding) and two are tried for a few steps each, then what lies beside the best one so far.
+    The best stays for `patience` steps, after which its neighbours and plain decoding are tried again: acceptance and
+    costs change as the text does, and as rows end. The tokens of a step come from the acceptance of the whole call by
+    depth, its cost from the fastest of its latest trials.
     """
 
     def __init__(self, deepest: int = 4, trials: int = 4, patience: int = 64) -> None:
@@ -110,10 +110,12 @@ class AutoDepth:
         if self._left:
             return
         if self._tried == self.chosen:
-            for beside in (self.chosen - 1, self.chosen + 1):
-                self._seconds.pop(beside, None)
+            for other in {0, self.chosen - 1, self.chosen + 1} - {self.chosen}:
+                self._seconds.pop(other, None)
         best = statistics.depth = self._best(statistics)
-        new = [depth for depth in (best + 1, best - 1) if 0 <= depth <= self.deepest and depth not in self._seconds]
+        # Drafting at all has a price of its own, so that between plain decoding and two drafts one may be the worst.
+        wanted = (0, 2, best + 1, best - 1) if self.chosen is None else (0, best + 1, best - 1)
+        new = [depth for depth in wanted if 0 <= depth <= self.deepest and depth not in self._seconds]
         if new:
             self._tried, self._left = new[0], self.trials
         else:

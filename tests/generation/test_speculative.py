@@ -393,6 +393,7 @@ def test_auto_depth_is_the_one_that_gives_most_tokens_a_second():
     assert choose_depth([0.05, 0.0, 0.0, 0.0], cheap) == 0
     assert choose_depth([0.5, 0.5, 0.5, 0.5], dear) == 0
     assert choose_depth([0.8, 0.7, 0.1, 0.1], [1.0, 1.2, 1.4, 2.5, 4.0]) == 2
+    assert choose_depth([0.6, 0.9, 0.1, 0.1], [1.0, 2.0, 2.1, 4.0, 4.0]) == 2  # one draft is worse than none
 
 
 def test_auto_depth_follows_what_changes():
@@ -406,9 +407,9 @@ def test_auto_depth_follows_what_changes():
             costs = [1.0, 3.0, 5.0, 7.0]
         depths.append(policy.next())
         policy.took(depths[-1], costs[depths[-1]], statistics)
-    assert depths[20:38].count(3) > 12
-    assert depths[-8:].count(0) >= 6
-    assert 0 not in depths[:40]  # far from the best, never tried
+    assert depths[20:38].count(3) > 9
+    assert depths[-18:].count(0) > 9
+    assert depths[:40].count(0) <= 8
 
 
 def test_auto_depth_measures_chooses_and_stays_lossless(caplog):
