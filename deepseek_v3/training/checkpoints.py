@@ -8,6 +8,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 STATE = "trainer_state.json"
+# As PEFT names them.
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 def checkpoints(folder: str | Path) -> list[Path]:
@@ -42,7 +44,7 @@ def _missing(folder: Path) -> str | None:
         return f"{STATE} breaks off"
     # What remains of a folder that was being deleted.
     index = folder / SAFE_WEIGHTS_INDEX_NAME
-    names = [SAFE_WEIGHTS_NAME]
+    names = [ADAPTER if (folder / ADAPTER_CONFIG).is_file() else SAFE_WEIGHTS_NAME]
     if index.is_file():
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     sharded = any(folder.glob("pytorch_model_fsdp*")) or any(folder.glob("global_step*"))

@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Traine
 
 from ..quantization import FP8Config, is_fp8
 from .balance import ROUTER_BIAS_FILE, RouterBalanceCallback, load_router_bias, save_router_bias
+from .checkpoints import newest_checkpoint
 from .checks import base_fingerprint, check_base, check_dtypes, save_fingerprint
 from .finetune_data import LONG, PaddingCollator, load_files, prepare
 from .lora import PRESETS, lora_target_modules, named_targets
@@ -184,6 +185,15 @@ def continue_adapter(base: Any, folder: str) -> Any:
     return model
 
 
+def _resumed(settings: FinetuneSettings, say: Callable[[str], None]) -> str | None:
+    if not settings.resume:
+        return None
+    found = newest_checkpoint(settings.output, say)
+    if found is None:
+        raise ValueError(f"{settings.output} holds no complete checkpoint to resume from: leave --resume out")
+    return str(found)
+
+
 def training_arguments(settings: FinetuneSettings) -> TrainingArguments:
     """AdamW without weight decay, a cosine to a tenth of the learning rate, clipping at 1."""
     return TrainingArguments(
@@ -254,7 +264,7 @@ def finetune(settings: FinetuneSettings, say: Callable[[str], None] = print) -> 
         callbacks=[RouterBalanceCallback(settings.router_bias_rate)],
     )
     start = time.monotonic()
-    trainer.train(resume_from_checkpoint=settings.resume or None)
+    trainer.train(resume_from_checkpoint=_resumed(settings, say))
     summary |= _measured(trainer, time.monotonic() - start)
     if settings.stream:
         summary |= counts

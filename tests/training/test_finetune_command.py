@@ -121,17 +121,26 @@ def test_moved_router_biases_go_with_the_adapter_and_into_the_merged_model(folde
     assert "load_router_bias(model" in (tmp_path / "README.md").read_text()
 
 
-def test_it_resumes_and_goes_on_with_an_adapter(folders, tmp_path):
+def test_it_resumes_and_goes_on_with_an_adapter(folders, tmp_path, capsys):
     assert run(folders, tmp_path / "whole", "--save-steps", "3") == 0
     whole = json.loads((tmp_path / "whole" / "summary.json").read_text())
     again = tmp_path / "again"
     again.mkdir()
     (tmp_path / "whole" / "checkpoint-3").rename(again / "checkpoint-3")
+    half = again / "checkpoint-4"  # what a killed run may leave
+    half.mkdir()
+    (half / "adapter_config.json").write_text("{}")
     assert run(folders, again, "--resume") == 0
+    assert "checkpoint-4 is half written (no trainer_state.json): passed over" in capsys.readouterr().out
     assert json.loads((again / "summary.json").read_text())["last_loss"] == whole["last_loss"]
     assert run(folders, tmp_path / "more", "--adapter", str(again)) == 0
     more = json.loads((tmp_path / "more" / "summary.json").read_text())
     assert more["first_loss"] < whole["first_loss"] - 0.2
+
+
+def test_nothing_to_resume_is_an_error(folders, tmp_path, capsys):
+    assert run(folders, tmp_path / "new", "--resume") == 2
+    assert "holds no complete checkpoint to resume from" in capsys.readouterr().err
 
 
 def test_what_is_not_learnt_is_measured_before_and_after(folders, tmp_path, capsys):
