@@ -75,10 +75,11 @@ def mtp():
 
 def convert():
     record, layer = load("convert-2cores.json"), load("convert-layer.json")
-    names = {"bf16": "FP8 to BF16", "fp8": "BF16 to FP8"}
+    names = {"bf16": "BF16", "fp8": "FP8", "ue8m0": "FP8 with ue8m0 scales", "fused": "transformers' fused layout"}
+    names |= {"inference": "DeepSeek's inference shards", "from-inference": "FP8"}
     rows = []
     for row in record["rows"]:
-        name = f"{row['source']} → {names.get(row['case'], row['case'])}"
+        name = f"{names[row['source']]} to {names[row['case']]}"
         memory = f"{row['peak_rss_bytes'] / 1e6:.0f} MB"
         rows.append([name, f"{row['ratio']:.2f}", f"{row['ratio_lowest']:.2f}", memory])
     whole = layer["rows"][0]
@@ -194,9 +195,7 @@ def qlora():
         ["tokens a second", f"{record['tokens_per_second']:,.0f}"],
     ]
     head = f"Moonlight-16B-A3B's sizes ({parameters / 1e9:.1f} billion parameters, random), NF4 with double "
-    head += (
-        f"quantisation, LoRA of rank {record['rank']} on every projection and expert, {record['length']:,} tokens a "
-    )
+    head += f"quantisation, LoRA of rank {record['rank']} on attention and experts, {record['length']:,} tokens a "
     head += f"step, activation checkpointing, {machine(record)}; `python benchmarks/qlora.py`."
     return f"{head}\n\n{markdown(['QLoRA on one GPU', ''], rows)}"
 
