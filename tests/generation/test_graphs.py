@@ -132,8 +132,15 @@ def test_a_model_off_the_gpu_or_with_hooks_is_not_captured():
     assert not graphs._is_capturable(own.model.layers[0].mlp.gate_proj)
 
 
+@pytest.fixture
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()  # the limit on recompiling a forward counts across tests
+
+
 @pytest.mark.parametrize("cache", [None, "static"])
-def test_a_compiled_model_drafts_and_verifies(cache):
+def test_a_compiled_model_drafts_and_verifies(cache, fresh_compiler):
     own = make_model(vocab_size=40, pad_token_id=2, eos_token_id=1)
     prompt, mask = batch("left")
     kwargs = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "eos_token_id": None}

@@ -154,7 +154,8 @@ def test_the_decode_kernels_form_equals_the_plain_absorbed_one(length, side):
     assert spans.lengths.tolist() == ends.tolist()
     fused = fused_absorbed_attention(query, latents, weight, spans, 0.3)
     plain, _ = absorbed_attention(query, latents, weight, mask, 0.3)
-    torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-5)
+    # Sums of numbers of size 5 in another order.
+    torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-4)
     mask[0, 0, -1, 7] = False  # a gap is no span
     assert spans_of(mask, length) is None
 
