@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 
-def compare_decoding(model: Any, tokenizer: Any, prompts: list[str], new_tokens: int = 64) -> dict[str, Any]:
+def compare_decoding(model: Any, tokenizer: Any, prompts: list[str], new_tokens: int = 128) -> dict[str, Any]:
     """Decode each prompt greedily, plainly and with the model's MTP modules at the depth that pays.
 
     Args:
