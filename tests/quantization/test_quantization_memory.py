@@ -47,10 +47,10 @@ def test_the_peak_stays_below_the_model_and_two_shards(how, large_folder, fp8_fo
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's peak of resident memory")
-def test_saving_as_fp8_needs_less_than_a_shard_beside_the_model(large_folder, fp8_folder, tmp_path):
+def test_saving_as_fp8_needs_less_than_two_shards_beside_the_model(large_folder, fp8_folder, tmp_path):
     shard = 40_000_000
     measured = run("measured_save.py", large_folder, tmp_path, fp8_folder, str(shard))
     sizes = [path.stat().st_size for path in (tmp_path / "large").glob("*.safetensors")]
     assert len(sizes) > 4 and sum(sizes) > 200e6 and max(sizes) < shard * 1.01
-    # One matrix as float32 and its parts; two shards are what is allowed.
-    assert measured["peak"] < shard, measured
+    # One matrix as float32 and its parts, and what the allocator holds on to.
+    assert measured["peak"] < 2 * shard, measured
