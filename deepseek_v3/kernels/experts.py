@@ -128,7 +128,7 @@ def experts_forward(
         )
     hidden, gate_up, down = _as_autocast(hidden, self.gate_up_proj, self.down_proj)
     if _is_decode(hidden, gate_up, down, top_k_index, top_k_weights, self.act_fn):
-        out = torch.ops.deepseek_v3.experts_decode(hidden, gate_up, down, top_k_index, top_k_weights, backend)
+        out = dispatch.ops.experts_decode(hidden, gate_up, down, top_k_index, top_k_weights, backend)
         return out.view(hidden_states.shape)
     order, inverse, offsets = sort_pairs(top_k_index, gate_up.shape[0], backend=backend)
     x = gather_pairs(hidden, order, inverse, offsets, backend=backend)

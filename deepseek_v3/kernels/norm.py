@@ -87,7 +87,7 @@ def rms_norm(
     if _wants_gradient(backend, x, weight, residual):
         out, total = reference.rms_norm(x, weight, eps, residual)
     else:
-        out, total = torch.ops.deepseek_v3.rms_norm(x, weight, eps, residual, backend)
+        out, total = dispatch.ops.rms_norm(x, weight, eps, residual, backend)
     return out if residual is None else (out, total)
 
 
@@ -135,7 +135,7 @@ def rotate(
         raise ValueError(f"x {tuple(x.shape)} must be [B, H, T, R] and cos, sin [B, T, R], got {tuple(cos.shape)}")
     if _wants_gradient(backend, x, cos, sin):
         return reference.rotate(x, cos, sin, interleave)
-    return torch.ops.deepseek_v3.rotate(x, cos, sin, interleave, backend).transpose(1, 2)
+    return dispatch.ops.rotate(x, cos, sin, interleave, backend).transpose(1, 2)
 
 
 @dispatch.define(
@@ -189,4 +189,4 @@ def write_latents(
         raise ValueError("the cache's last dimensions must be dense")
     if torch.is_grad_enabled() and (compressed.requires_grad or weight.requires_grad):
         raise ValueError("write_latents has no gradient; call it under torch.no_grad()")
-    torch.ops.deepseek_v3.write_latents_(latent, rope, compressed, weight, eps, cos, sin, slots, interleave, backend)
+    dispatch.ops.write_latents_(latent, rope, compressed, weight, eps, cos, sin, slots, interleave, backend)
