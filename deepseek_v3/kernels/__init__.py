@@ -23,8 +23,11 @@ from .quantize import (
     quantize_weight,
     transpose_codes,
 )
+from .step import absorb_outputs, absorb_queries, norm_and_write, rope_angles
 
 __all__ = [
+    "absorb_outputs",
+    "absorb_queries",
     "BackendRow",
     "BackendTable",
     "backends",
@@ -40,6 +43,7 @@ __all__ = [
     "grouped_wgrad",
     "join_keys",
     "mla_decode",
+    "norm_and_write",
     "pack_e5m6",
     "quantize_activation",
     "quantize_activation_transposed",
@@ -48,6 +52,7 @@ __all__ = [
     "quantize_weight",
     "retile",
     "rms_norm",
+    "rope_angles",
     "rotate",
     "rotate_queries",
     "route",
