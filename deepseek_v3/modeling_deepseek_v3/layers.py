@@ -14,6 +14,18 @@ def on_kernels(x: torch.Tensor) -> bool:
     return x.is_cuda and not torch.is_grad_enabled() and not is_torchdynamo_compiling()
 
 
+def is_bare(module: nn.Module, kind: type) -> bool:
+    """Whether `module` may be read as its weights: it is a `kind` itself, and nothing wraps, hooks or moves it."""
+    own = module.__dict__
+    return (
+        type(module) is kind
+        and not own["_forward_hooks"]
+        and not own["_forward_pre_hooks"]
+        and "forward" not in own  # accelerate puts its own there
+        and all(type(parameter) is nn.Parameter for parameter in own["_parameters"].values())
+    )
+
+
 class DeepseekV3RMSNorm(nn.Module):
     """Root-mean-square norm over the last dimension, computed in float32, weight only."""
 

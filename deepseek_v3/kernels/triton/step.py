@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .norm import normalised, turned
+from .norm import normalised, write_row
 
 
 @triton.jit
@@ -24,11 +24,11 @@ def angle_rows(positions, frequencies, cos, sin, tokens, half, factor, p_b, p_t,
     tl.store(sin + place + half, s, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity"])
 def norm_and_write_rows(
     low, low_weight, out, compressed, weight, cos, sin, slots, latent, rope,
-    low_width, rank, half, capacity, low_eps, eps,
-    l_b, l_t, x_b, x_t, cos_b, cos_t, slot_b, slot_t, c_b, c_s, r_b, r_s,
+    low_width, rank, half, low_eps, eps,
+    l_b, l_t, x_b, x_t, cos_b, cos_t, slot_b, slot_t, c_b, c_s, r_b, r_s, capacity,
     INTERLEAVE: tl.constexpr, LOW: tl.constexpr, BLOCK: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """One token: its query's low rank normalised to out [B, T, low_width], or its latent and key into the cache."""
@@ -36,28 +36,18 @@ def norm_and_write_rows(
     b = tl.program_id(1).to(tl.int64)
     dtype: tl.constexpr = compressed.dtype.element_ty
     if tl.program_id(2) == 0:
-        col = tl.arange(0, LOW)
-        mask = col < low_width
-        value = tl.load(low + b * l_b + t * l_t + col, mask=mask, other=0.0).to(tl.float32)
-        w = tl.load(low_weight + col, mask=mask, other=0.0)
-        target = out + (b * tl.num_programs(0) + t) * low_width + col
-        tl.store(target, normalised(value, w, low_width, low_eps, dtype), mask=mask)
+        lane = tl.arange(0, LOW)
+        inner = lane < low_width
+        short = tl.load(low + b * l_b + t * l_t + lane, mask=inner, other=0.0).to(tl.float32)
+        w = tl.load(low_weight + lane, mask=inner, other=0.0)
+        target = out + (b * tl.num_programs(0) + t) * low_width + lane
+        tl.store(target, normalised(short, w, low_width, low_eps, dtype), mask=inner)
     else:
-        slot = tl.load(slots + b * slot_b + t * slot_t).to(tl.int64)
-        inside = (slot >= 0) & (slot < capacity)
-        source = compressed + b * x_b + t * x_t
-        col = tl.arange(0, BLOCK)
-        mask = col < rank
-        value = tl.load(source + col, mask=mask, other=0.0).to(tl.float32)
-        w = tl.load(weight + col, mask=mask, other=0.0)
-        value = normalised(value, w, rank, eps, dtype)
-        tl.store(latent + b * c_b + slot * c_s + col, value.to(latent.dtype.element_ty), mask=mask & inside)
-        first, second, lane, live = turned(
-            source + rank, cos, sin, half, b * cos_b + t * cos_t, INTERLEAVE, HALF, dtype
-        )
-        target = rope + b * r_b + slot * r_s + lane
-        tl.store(target, first.to(rope.dtype.element_ty), mask=live & inside)
-        tl.store(target + half, second.to(rope.dtype.element_ty), mask=live & inside)
+        write_row(
+            compressed + b * x_b + t * x_t, weight, cos, sin, tl.load(slots + b * slot_b + t * slot_t).to(tl.int64),
+            latent + b * c_b, rope + b * r_b, rank, half, capacity, eps, b * cos_b + t * cos_t, c_s, r_s,
+            INTERLEAVE, BLOCK, HALF,
+        )  # fmt: skip
 
 
 @triton.jit
