@@ -59,7 +59,8 @@ class DeepseekV3DecoderLayer(GradientCheckpointingLayer):
             **kwargs,
         )
         norm = self.post_attention_layernorm
-        if on_kernels(attended) and is_bare(norm, DeepseekV3RMSNorm):
+        fused = on_kernels(attended) and is_bare(norm, DeepseekV3RMSNorm)
+        if fused:
             normed, hidden_states = rms_norm(attended, norm.weight, norm.variance_epsilon, residual=hidden_states)
         else:
             hidden_states = hidden_states + attended
@@ -67,7 +68,10 @@ class DeepseekV3DecoderLayer(GradientCheckpointingLayer):
         if router_statistics and isinstance(self.mlp, DeepseekV3MoE):
             output, balance_loss, load = self.mlp.forward_with_statistics(normed, token_mask)
             return hidden_states + output, balance_loss, load
-        hidden_states = hidden_states + self.mlp(normed)
+        joined = None
+        if fused and is_bare(self.mlp, DeepseekV3MoE):
+            joined = self.mlp.step(normed, hidden_states)
+        hidden_states = hidden_states + self.mlp(normed) if joined is None else joined
         return (hidden_states, None, None) if router_statistics else hidden_states
 
 

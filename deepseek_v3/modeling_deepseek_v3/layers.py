@@ -22,7 +22,7 @@ def is_bare(module: nn.Module, kind: type) -> bool:
         and not own["_forward_hooks"]
         and not own["_forward_pre_hooks"]
         and "forward" not in own  # accelerate puts its own there
-        and all(type(parameter) is nn.Parameter for parameter in own["_parameters"].values())
+        and all(type(parameter) is nn.Parameter for parameter in own["_parameters"].values() if parameter is not None)
     )
 
 
@@ -57,6 +57,11 @@ class DeepseekV3MLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, width, bias=False)
         self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
         self.act_fn = ACT2FN[config.hidden_act]
+
+    def lends_weights(self) -> bool:
+        """Whether the three matrices may be read instead of calling this."""
+        linears = (self.gate_proj, self.up_proj, self.down_proj)
+        return is_bare(self, DeepseekV3MLP) and all(is_bare(linear, nn.Linear) for linear in linears)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))

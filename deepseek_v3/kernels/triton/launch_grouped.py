@@ -7,11 +7,11 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..dispatch import capability
-from .grouped import grouped_columns, grouped_few, grouped_rows
+from .grouped import grouped_columns, grouped_few, grouped_rows, grouped_step
 from .launch_mla import scratch, tma_ready
 from .launching import Launcher, cdiv, next_power_of_2
 
-_few = Launcher(grouped_few)
+_few, _step = Launcher(grouped_few), Launcher(grouped_step)
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,27 @@ def grouped_rows_few(x, w, offsets, order, top_k, swiglu, out, x_scale=None, w_s
         num_warps=tiling.warps, num_stages=tiling.stages,
     )  # fmt: skip
     return out
+
+
+def experts_step(x, w, out, offsets, order, top_k, swiglu, shared, first, tokens):
+    """``grouped_rows_few`` with the shared experts' rows behind the pairs': shared is (gate, up) or (down, down).
+
+    offsets None: the pairs of one token lie in order, and ``order`` holds their experts. first: the shared experts'
+    first row in x.
+    """
+    experts, columns, depth = w.shape[0], w.shape[1] // 2 if swiglu else w.shape[1], w.shape[2]
+    pairs = order.numel() if offsets is None else out.shape[0] - tokens
+    tiling = FEW_SWIGLU if swiglu else FEW
+    tiles = pairs if offsets is None else _row_tiles(pairs, experts, tiling.rows)
+    of_shared = cdiv(shared[0].shape[0], tiling.columns) * cdiv(tokens, tiling.rows)
+    _step(
+        (of_shared + tiles * cdiv(columns, tiling.columns), 1, 1), (x, w, out, offsets, order, *shared),
+        (experts, columns, depth, top_k, x.stride(0), w.stride(0), w.stride(1), out.stride(0), pairs, tokens,
+         *shared[0].shape, first, shared[0].stride(0)),
+        BLOCK_E=next_power_of_2(experts + 1), BLOCK_M=tiling.rows, BLOCK_N=tiling.columns, BLOCK_K=tiling.depth,
+        GATHER=first == 0, SWIGLU=swiglu, SORTED=offsets is not None, PRECISION=_precision(x),
+        num_warps=tiling.warps, num_stages=tiling.stages,
+    )  # fmt: skip
 
 
 def grouped_wgrad(dy, x, offsets, dtype, tiling=None):

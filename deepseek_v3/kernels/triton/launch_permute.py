@@ -36,16 +36,22 @@ def sort_pairs(index, experts):
     return order, inverse, offsets
 
 
-def combine(y, inverse, offsets, weights, tokens):
-    """See ``deepseek_v3.kernels.reference.experts.combine``."""
-    width = y.shape[1]
+def combine(y, inverse, offsets, weights, tokens, experts=None, shared=False, residual=None):
+    """See ``deepseek_v3.kernels.reference.experts.combine``.
+
+    offsets None: the pairs lie in order, and inverse [T, K] holds their experts, of which ``experts`` are here.
+    shared: a row for each token follows the pairs in y and is added, and so is the residual [T, D], if any.
+    """
+    width, pairs = y.shape[1], inverse.numel()
     out = torch.empty(tokens, width, dtype=y.dtype, device=y.device)
     if out.numel():
         block = min(1024, next_power_of_2(width))
         _combine(
-            (tokens, cdiv(width, block), 1), (y, inverse, offsets, weights, out),
-            (offsets.numel() - 1, width, y.stride(0), weights.stride(0) if weights is not None else 0),
-            K=inverse.numel() // tokens, BLOCK=block, WEIGHTED=weights is not None, num_warps=4,
+            (tokens, cdiv(width, block), 1), (y, inverse, offsets, weights, residual, out),
+            (offsets.numel() - 1 if experts is None else experts, width, y.stride(0),
+             weights.stride(0) if weights is not None else 0, pairs),
+            K=pairs // tokens, BLOCK=block, WEIGHTED=weights is not None, SORTED=offsets is not None, SHARED=shared,
+            ADD=residual is not None, num_warps=4,
         )  # fmt: skip
     return out
 
