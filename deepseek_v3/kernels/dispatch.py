@@ -41,7 +41,10 @@ def guarded(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def run(*arguments):
-        device = next(x.device for x in arguments if isinstance(x, torch.Tensor))
+        first = arguments[0]
+        if not isinstance(first, torch.Tensor):
+            first = next(x for x in arguments if isinstance(x, torch.Tensor))
+        device = first.device
         if device.type != "cuda" or device.index == torch.cuda.current_device():
             return function(*arguments)
         with torch.cuda.device(device):
@@ -126,7 +129,10 @@ def requested(operation: str, backend: str) -> tuple[str, str]:
     """The back end asked for and by whom; the argument wins over the environment."""
     if backend != "auto":
         return backend, "argument"
-    for entry in os.environ.get(ENVIRONMENT, "").split(","):
+    narrowed = os.environ.get(ENVIRONMENT)
+    if not narrowed:
+        return "auto", ""
+    for entry in narrowed.split(","):
         name, _, value = entry.strip().rpartition("=")
         if value and name in ("", operation):
             return value, ENVIRONMENT
