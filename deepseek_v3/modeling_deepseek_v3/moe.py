@@ -228,7 +228,8 @@ class DeepseekV3MoE(nn.Module):
     def step(self, hidden_states: torch.Tensor, residual: torch.Tensor) -> torch.Tensor | None:
         """`residual + self(hidden_states)` of a few tokens [B, T, D] in a handful of launches; None where `forward`
         must be called because something wraps what is inside, or the tokens are many."""
-        shared, experts = self.shared_experts, self.experts
+        shared = self.shared_experts
+        experts: Any = self.experts
         if self.config._experts_implementation != "deepseek_v3" or not is_bare(experts, DeepseekV3Experts):
             return None
         if shared is None or experts._is_expert_parallel or not shared.lends_weights():
