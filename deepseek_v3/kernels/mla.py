@@ -184,6 +184,6 @@ def mla_decode(
         return reference.mla_decode(
             q_latent, q_rope, latent, rope, scale, lengths, starts, latent_scale, sliding_window
         )
-    return torch.ops.deepseek_v3.mla_decode(
+    return dispatch.ops.mla_decode(
         q_latent, q_rope, latent, rope, scale, lengths, starts, latent_scale, sliding_window, backend
     )

@@ -87,7 +87,7 @@ def rms_norm(
     if _wants_gradient(backend, x, weight, residual):
         out, total = reference.rms_norm(x, weight, eps, residual)
     else:
-        out, total = torch.ops.deepseek_v3.rms_norm(x, weight, eps, residual, backend)
+        out, total = dispatch.ops.rms_norm(x, weight, eps, residual, backend)
     return out if residual is None else (out, total)
 
 
@@ -135,7 +135,7 @@ def rotate(
         raise ValueError(f"x {tuple(x.shape)} must be [B, H, T, R] and cos, sin [B, T, R], got {tuple(cos.shape)}")
     if _wants_gradient(backend, x, cos, sin):
         return reference.rotate(x, cos, sin, interleave)
-    return torch.ops.deepseek_v3.rotate(x, cos, sin, interleave, backend).transpose(1, 2)
+    return dispatch.ops.rotate(x, cos, sin, interleave, backend).transpose(1, 2)
 
 
 @dispatch.define(
@@ -151,6 +151,18 @@ def _write(latent, rope, compressed, weight, eps, cos, sin, slots, interleave, b
 
     cos, sin = _matching(cos, sin, compressed.shape[0])
     launch(latent, rope, _dense(compressed), weight, eps, cos, sin, slots, interleave)
+
+
+def check_write(latent: torch.Tensor, rope: torch.Tensor, compressed: torch.Tensor, slots: torch.Tensor) -> None:
+    """Refuse new tokens that do not fit the cache they are to be written to."""
+    batch, tokens = compressed.shape[:2]
+    if compressed.shape[2] != latent.shape[2] + rope.shape[2] or latent.shape[:2] != rope.shape[:2]:
+        raise ValueError(f"compressed {tuple(compressed.shape)} does not fit latent {tuple(latent.shape)} and rope "
+                         f"{tuple(rope.shape)}")  # fmt: skip
+    if slots.shape != (batch, tokens) or slots.is_floating_point():
+        raise ValueError(f"slots must be integers [{batch}, {tokens}], got {slots.dtype} {tuple(slots.shape)}")
+    if latent.stride(-1) != 1 or rope.stride(-1) != 1:
+        raise ValueError("the cache's last dimensions must be dense")
 
 
 def write_latents(
@@ -179,14 +191,7 @@ def write_latents(
     Raises:
         ValueError: shapes that do not fit, or a gradient is wanted. RuntimeError: a backend that cannot run here.
     """
-    batch, tokens = compressed.shape[:2]
-    if compressed.shape[2] != latent.shape[2] + rope.shape[2] or latent.shape[:2] != rope.shape[:2]:
-        raise ValueError(f"compressed {tuple(compressed.shape)} does not fit latent {tuple(latent.shape)} and rope "
-                         f"{tuple(rope.shape)}")  # fmt: skip
-    if slots.shape != (batch, tokens) or slots.is_floating_point():
-        raise ValueError(f"slots must be integers [{batch}, {tokens}], got {slots.dtype} {tuple(slots.shape)}")
-    if latent.stride(-1) != 1 or rope.stride(-1) != 1:
-        raise ValueError("the cache's last dimensions must be dense")
+    check_write(latent, rope, compressed, slots)
     if torch.is_grad_enabled() and (compressed.requires_grad or weight.requires_grad):
         raise ValueError("write_latents has no gradient; call it under torch.no_grad()")
-    torch.ops.deepseek_v3.write_latents_(latent, rope, compressed, weight, eps, cos, sin, slots, interleave, backend)
+    dispatch.ops.write_latents_(latent, rope, compressed, weight, eps, cos, sin, slots, interleave, backend)

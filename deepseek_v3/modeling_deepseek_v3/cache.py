@@ -335,8 +335,11 @@ class LatentCache(DynamicCache):
         if self._rows is not None:
             return Extension(self._rows.slots, self._rows.extent)
         seen = layer.get_seq_length()
+        if isinstance(seen, int):
+            slots = torch.arange(seen, seen + tokens, device=layer.device)
+            return Extension(slots.expand(batch, -1), seen + tokens)
         slots = torch.arange(tokens, device=layer.device) + seen
-        return Extension(slots.expand(batch, -1), seen + tokens if isinstance(seen, int) else None)
+        return Extension(slots.expand(batch, -1), None)
 
     def extend(self, layer_idx: int, extension: Extension) -> torch.Tensor:
         """Count new tokens in a layer; the caller writes them to the slots of the view [B, S, C + R] it gets.

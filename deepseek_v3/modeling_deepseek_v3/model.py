@@ -231,6 +231,12 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel):
         if past_key_values is not None:
             keys = past_key_values.get_mask_sizes(length, layer_idx)[0]
         form = form or choose_form(self.config, length, keys, past_key_values is not None)
+        few = form == "absorbed" and length <= MOST_TOKENS
+        few = few and on_kernels(inputs_embeds) and self.config._attn_implementation != "eager"
+        grows = isinstance(past_key_values, LatentCache) and past_key_values.max_cache_len is None
+        if few and grows and attention_mask is None and length == 1:
+            place = past_key_values.extension(len(inputs_embeds), 1, layer_idx, inputs_embeds.dtype)
+            return form, None, Spans(None, None, place)
         config: Any = self.config
         if form == "absorbed":
             # Whatever the back end, the absorbed form takes the boolean mask that SDPA takes.
@@ -247,8 +253,7 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel):
             layer_idx=layer_idx,
         )
         spans = None
-        few = form == "absorbed" and length <= MOST_TOKENS
-        if few and on_kernels(inputs_embeds) and self.config._attn_implementation != "eager":
+        if few:
             spans = spans_of(mask, length)  # type: ignore[arg-type]
         if spans is not None and isinstance(past_key_values, LatentCache):
             place = past_key_values.extension(inputs_embeds.shape[0], length, layer_idx, inputs_embeds.dtype)
@@ -283,6 +288,8 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel):
                 "scaling: attention beyond that length is untrained. Shorten the input, or set rope_scaling (YaRN)"
             )
         if position_ids is None:
+            if isinstance(seen, int):
+                return torch.arange(seen, seen + length, device=device).unsqueeze(0)
             return (torch.arange(length, device=device) + seen).unsqueeze(0)
         if position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch) or position_ids.shape[1] != length:
             raise ValueError(

@@ -1,9 +1,11 @@
 """Launchers of RMSNorm, rotary embedding and the write of new latents."""
 
 import torch
-import triton
 
+from .launching import Launcher, next_power_of_2
 from .norm import rms_norm_rows, rotate_rows, write_rows
+
+_rms_norm, _rotate, _write = Launcher(rms_norm_rows), Launcher(rotate_rows), Launcher(write_rows)
 
 
 def rms_norm(x, weight, eps, residual):
@@ -12,10 +14,10 @@ def rms_norm(x, weight, eps, residual):
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     total = out if residual is None else torch.empty_like(out)
     if out.numel():
-        block = triton.next_power_of_2(width)
-        rms_norm_rows[(rows,)](
-            x, residual, weight, out, total, width, eps, x.stride(0), ADD=residual is not None, BLOCK=block,
-            num_warps=8 if block > 2048 else 4,
+        block = next_power_of_2(width)
+        _rms_norm(
+            (rows, 1, 1), (x, residual, weight, out, total), (width, eps, x.stride(0)),
+            ADD=residual is not None, BLOCK=block, num_warps=8 if block > 2048 else 4,
         )  # fmt: skip
     return out, total
 
@@ -25,9 +27,10 @@ def rotate(x, cos, sin, interleave):
     batch, heads, tokens, width = x.shape
     out = torch.empty(batch, tokens, heads, width, dtype=x.dtype, device=x.device)
     if out.numel():
-        rotate_rows[(heads, tokens, batch)](
-            x, cos, sin, out, heads, tokens, width // 2, *x.stride()[:3], *cos.stride()[:2],
-            INTERLEAVE=interleave, HALF=triton.next_power_of_2(width // 2), num_warps=1,
+        _rotate(
+            (heads, tokens, batch), (x, cos, sin, out),
+            (heads, tokens, width // 2, *x.stride()[:3], *cos.stride()[:2]),
+            INTERLEAVE=interleave, HALF=next_power_of_2(width // 2), num_warps=1,
         )  # fmt: skip
     return out
 
@@ -37,8 +40,9 @@ def write_latents(latent, rope, compressed, weight, eps, cos, sin, slots, interl
     batch, tokens, _ = compressed.shape
     rank, half = latent.shape[2], rope.shape[2] // 2
     if compressed.numel():
-        write_rows[(tokens, batch)](
-            compressed, weight, cos, sin, slots, latent, rope, rank, half, latent.shape[1], eps,
-            *compressed.stride()[:2], *cos.stride()[:2], *slots.stride(), *latent.stride()[:2], *rope.stride()[:2],
-            INTERLEAVE=interleave, BLOCK=triton.next_power_of_2(rank), HALF=triton.next_power_of_2(half), num_warps=4,
+        _write(
+            (tokens, batch, 1), (compressed, weight, cos, sin, slots, latent, rope),
+            (rank, half, eps, *compressed.stride()[:2], *cos.stride()[:2], *slots.stride(), *latent.stride()[:2],
+             *rope.stride()[:2]), (latent.shape[1],),
+            INTERLEAVE=interleave, BLOCK=next_power_of_2(rank), HALF=next_power_of_2(half), num_warps=4,
         )  # fmt: skip

@@ -58,26 +58,36 @@ def rotate_rows(
 
 
 @triton.jit
+def write_row(
+    source, weight, cos, sin, slot, latent, rope, rank, half, capacity, eps, place, c_s, r_s,
+    INTERLEAVE: tl.constexpr, BLOCK: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """The token at source: its normalised latent and rotated key to slot; place: its row of cos and sin."""
+    inside = (slot >= 0) & (slot < capacity)
+    dtype: tl.constexpr = source.dtype.element_ty
+    col = tl.arange(0, BLOCK)
+    mask = col < rank
+    value = tl.load(source + col, mask=mask, other=0.0).to(tl.float32)
+    w = tl.load(weight + col, mask=mask, other=0.0)
+    result = normalised(value, w, rank, eps, dtype)
+    tl.store(latent + slot * c_s + col, result.to(latent.dtype.element_ty), mask=mask & inside)
+    first, second, lane, live = turned(source + rank, cos, sin, half, place, INTERLEAVE, HALF, dtype)
+    target = rope + slot * r_s + lane
+    tl.store(target, first.to(rope.dtype.element_ty), mask=live & inside)
+    tl.store(target + half, second.to(rope.dtype.element_ty), mask=live & inside)
+
+
+@triton.jit(do_not_specialize=["capacity"])
 def write_rows(
-    compressed, weight, cos, sin, slots, latent, rope, rank, half, capacity, eps,
-    x_b, x_t, cos_b, cos_t, slot_b, slot_t, c_b, c_s, r_b, r_s,
+    compressed, weight, cos, sin, slots, latent, rope, rank, half, eps,
+    x_b, x_t, cos_b, cos_t, slot_b, slot_t, c_b, c_s, r_b, r_s, capacity,
     INTERLEAVE: tl.constexpr, BLOCK: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """One new token: its normalised latent and rotated key into the slot of the cache that slots names."""
     t = tl.program_id(0).to(tl.int64)
     b = tl.program_id(1).to(tl.int64)
-    slot = tl.load(slots + b * slot_b + t * slot_t).to(tl.int64)
-    inside = (slot >= 0) & (slot < capacity)
-    source = compressed + b * x_b + t * x_t
-    dtype: tl.constexpr = compressed.dtype.element_ty
-    col = tl.arange(0, BLOCK)
-    mask = col < rank
-    value = tl.load(source + col, mask=mask, other=0.0).to(tl.float32)
-    w = tl.load(weight + col, mask=mask, other=0.0)
-    value = normalised(value, w, rank, eps, dtype)
-    tl.store(latent + b * c_b + slot * c_s + col, value.to(latent.dtype.element_ty), mask=mask & inside)
-    place = b * cos_b + t * cos_t
-    first, second, lane, live = turned(source + rank, cos, sin, half, place, INTERLEAVE, HALF, dtype)
-    target = rope + b * r_b + slot * r_s + lane
-    tl.store(target, first.to(rope.dtype.element_ty), mask=live & inside)
-    tl.store(target + half, second.to(rope.dtype.element_ty), mask=live & inside)
+    write_row(
+        compressed + b * x_b + t * x_t, weight, cos, sin, tl.load(slots + b * slot_b + t * slot_t).to(tl.int64),
+        latent + b * c_b, rope + b * r_b, rank, half, capacity, eps, b * cos_b + t * cos_t, c_s, r_s,
+        INTERLEAVE, BLOCK, HALF,
+    )  # fmt: skip
