@@ -6,6 +6,7 @@ Importing this needs torch alone and asks neither the device nor the environment
 from .dispatch import BackendRow, BackendTable, backends
 from .e5m6 import pack_e5m6, unpack_e5m6
 from .experts import experts_forward, experts_step, is_step
+from .four_bit import widen_4bit
 from .fp8 import fp8_gemm
 from .fp8_training import retile, swiglu_backward
 from .grouped import grouped_gemm, grouped_wgrad
@@ -62,5 +63,6 @@ __all__ = [
     "swiglu_backward",
     "unpack_e5m6",
     "transpose_codes",
+    "widen_4bit",
     "write_latents",
 ]

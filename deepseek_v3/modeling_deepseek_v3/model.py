@@ -121,6 +121,7 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         router_statistics: bool = False,
+        token_mask: torch.Tensor | None = None,
         mla_form: str | None = None,
         mla_spans: Spans | None = None,
         **kwargs: Any,
@@ -134,6 +135,8 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel):
             past_key_values: any transformers cache; a `LatentCache` is made where `use_cache` and none is given.
             use_cache: return a cache.
             router_statistics: return the balance loss; in training it and the experts' load are always computed.
+            token_mask: [B, T], True for what is no padding, which balance loss and load do not count. For packed rows,
+                which carry no `attention_mask`; with a 2-D one it need not be given.
             mla_form: "expanded" or "absorbed" for this forward; None leaves it to `config.mla_form`.
             mla_spans: what the new tokens see and where they go, instead of a mask: `generate`'s steps, which
                 `past_key_values.graphs` replays.
@@ -158,7 +161,7 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel):
             hidden_states, balance_loss = self.run_layers(
                 embeds,
                 wanted=router_statistics or self.training,
-                token_mask=_token_mask(attention_mask, length),
+                token_mask=_token_mask(attention_mask, length) if token_mask is None else token_mask,
                 position_embeddings=self.rotary_emb(embeds, positions),
                 attention_mask=mask,
                 position_ids=positions,
