@@ -37,6 +37,9 @@ def _shape_reason(q_latent: torch.Tensor, rope: torch.Tensor, latent: torch.Tens
             return f"{name} {size} is not a power of two from 16 up"
     if not q_latent.numel() or not latent.numel():
         return "an empty tensor"
+    # Within a tile of 64 slots the kernels count in 32 bits.
+    if max(latent.stride(1), rope.stride(1)) >= 1 << 25:
+        return "slots 2**25 elements or more apart; make the cache contiguous"
     return None
 
 
