@@ -159,7 +159,7 @@ def load_streamed(
     fp8 = isinstance(quantizer, DeepseekFP8Quantizer)
     if wanted is not None and wanted.keep and not (fp8 and quantizer.codes):
         raise ValueError(
-            "FP8Config(keep=True): the checkpoint holds no FP8 weights. Write one that does with "
+            "FP8Config(keep=True): the checkpoint holds no FP8 weights that its config.json announces. Write one with "
             "save_pretrained(folder, quantize='fp8'), or load it without"
         )
     safetensors = state_dict is None and bool(files) and files[0].endswith(".safetensors")  # type: ignore[index]

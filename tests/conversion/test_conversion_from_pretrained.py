@@ -21,11 +21,14 @@ LOADED = {"wrong dtype", "missing tensor", "missing mtp tensor", "unknown tensor
 OTHER_WORDS = {
     "missing scale": ["kv_a_proj_with_mqa.weight_scale_inv is in no file"],
     "fp8 of another kind": ["F8_E5M2", "F8_E4M3"],
-    **dict.fromkeys(("scale NaN", "scale infinite", "scale zero", "scale negative"), ["finite and positive", "model-0"]),
-    "config without a size": ["config.json asks for", "7168"],
+    **dict.fromkeys(
+        ("scale NaN", "scale infinite", "scale zero", "scale negative"), ["finite and positive", "model-0"]
+    ),
+    "config without a size": ["config.json asks for", "56"],
     "config with a silly size": ["hidden_size", "256"],
-    "config with another size": ["config.json asks for", "512"],
+    "config with another size": ["config.json asks for"],
     "config of endless layers": ["num_hidden_layers is 1000000000", "layer 3"],
+    "config without quantization": ["FP8", "config.json"],
     "config that is a list": ["model_type"],
     "config with other blocks": ["[64, 64]", "[128, 128]"],
     "no config": ["config.json"],
