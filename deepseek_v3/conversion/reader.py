@@ -125,7 +125,7 @@ def open_weights(folder: Path) -> Checkpoint | None:
     Raises:
         CheckpointError: as `open_checkpoint`, and rank files, which transformers cannot load.
     """
-    names = {entry.name for entry in folder.iterdir()}
+    names = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
     if SINGLE_NAME in names:
         header = read_header(safe_path(folder, SINGLE_NAME, named_by="the folder"))
         return _merge(Checkpoint(folder, "official", {}, {SINGLE_NAME: header}))
