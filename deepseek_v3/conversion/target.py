@@ -3,7 +3,7 @@
 A folder in which a conversion has begun holds a journal: a fingerprint of source, options and planned files. A run
 with the same fingerprint continues it; a shard counts as done when it has its final name, its planned size and its
 planned header, since it only ever gets its name after all its bytes have reached the disk. When all is done a note
-with the fingerprint stays: checkpoints of one architecture have the same headers, which cannot tell whose result it is.
+with the fingerprint stays: checkpoints of one architecture have equal headers, and these tell nobody whose it is.
 """
 
 import fcntl
