@@ -25,9 +25,6 @@ def scale_of(bits, floor, POWER: tl.constexpr):
 def encoded(value, scale):
     """E4M3 codes of value / scale, rounded as IEEE division would: the reciprocal's error is taken back (Markstein),
     which is a quarter of the instructions."""
-    # Of tiny numbers that error would fall below the smallest float32: both are lifted by the same power of two.
-    lift = tl.where(scale < 2.0**-60, 2.0**80, 1.0)
-    value, scale = value * lift, scale * lift
     reciprocal = tl.div_rn(1.0, scale)
     quotient = value * reciprocal
     rest = tl.fma(-quotient, scale + tl.zeros_like(value), value)
