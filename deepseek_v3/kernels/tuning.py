@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -63,30 +62,6 @@ def _write(path: Path, cards: dict[str, dict[str, dict]]) -> None:
         raise
 
 
-def _card(device: torch.device) -> str:
-    """What a measured time depends on beside the sizes."""
-    import triton
-
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
-    return f"{name}, triton {triton.__version__}"
-
-
-def seconds(run: Callable[[], Any], device: torch.device) -> float:
-    """Median time of ``run``, caches cold; infinite where the card has no room for it. In the interpreter: of one."""
-    from triton.errors import TritonError
-    from triton.testing import do_bench
-
-    try:
-        if device.type == "cuda":
-            return do_bench(run, warmup=10, rep=40, return_mode="median") / 1e3
-        start = time.perf_counter()
-        run()
-        return time.perf_counter() - start
-    except TritonError as error:
-        logger.debug("tiling left out: %s", error)
-        return float("inf")
-
-
 class Tuner:
     """What was found so far, in memory and in ``path`` where there is one."""
 
@@ -114,7 +89,9 @@ class Tuner:
         short = (kernel, device, *sizes.values())
         chosen = self._chosen.get(short)
         if chosen is None:
-            known = self.found.setdefault(_card(device), {})
+            from .triton.timing import card
+
+            known = self.found.setdefault(card(device), {})
             key = " ".join([kernel, *(f"{name}={_word(value)}" for name, value in sizes.items())])
             chosen = next((tiling for tiling in tilings if asdict(tiling) == known.get(key)), None)
             if chosen is None:
@@ -127,6 +104,8 @@ class Tuner:
         return chosen
 
     def _fastest(self, key: str, device: torch.device, tilings: Sequence[Any], run: Callable[[Any], Any]) -> Any:
+        from .triton.timing import seconds
+
         times = [seconds(partial(run, tiling), device) for tiling in tilings]
         best = min(range(len(tilings)), key=times.__getitem__)
         logger.info("%s: %s, %.1f us; %.1f by default", key, tilings[best], 1e6 * times[best], 1e6 * times[0])
