@@ -18,7 +18,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..kernels import join_keys, mla_decode, rotate, rotate_queries, write_latents
 from ..quantization import FP8Linear
-from .cache import Extension, joint_latents
+from .cache import LatentCache, joint_latents
+from .cache_layers import Extension
+from .latents import Latents
 from .layers import DeepseekV3RMSNorm
 from .rope import apply_rope, softmax_scale
 
@@ -27,11 +29,13 @@ class Spans(NamedTuple):
     """The slots that each row's newest query sees, [starts, lengths), int32 [B]; None for all of them.
 
     extension: where the new tokens go, if every layer may write them through the kernel.
+    window: slots that a query sees at most, itself included; None for all.
     """
 
     starts: torch.Tensor | None
     lengths: torch.Tensor | None
     extension: Extension | None = None
+    window: int | None = None
 
 
 def choose_form(config: Any, queries: int, keys: int, cached: bool) -> str:
@@ -123,46 +127,53 @@ def absorbed_attention(
 
 def fused_absorbed_attention(
     query: tuple[torch.Tensor, torch.Tensor],
-    latents: torch.Tensor,
+    latents: Latents,
     weight: torch.Tensor,
     spans: Spans,
     scaling: float,
 ) -> torch.Tensor:
-    """`absorbed_attention` through the decode kernel: [B, T, H, V], the newest T queries over `spans` of the cache."""
+    """`absorbed_attention` through the decode kernel: [B, T, H, V], the newest T queries over `spans` of the cache,
+    whose latents are read as they are, [B, S, C] of codes too."""
     q_nope, q_rope = query
     heads, nope, rank = q_nope.shape[1], q_nope.shape[3], weight.shape[-1]
     weight = weight.view(heads, -1, rank)
     mixed, _ = mla_decode(
         _per_head(q_nope, weight[:, :nope]).transpose(1, 2),
         q_rope.transpose(1, 2),
-        latents[..., :rank],
-        latents[..., rank:],
+        latents.latent,
+        latents.rope,
         scale=scaling,
         lengths=spans.lengths,
         starts=spans.starts,
+        latent_scale=latents.scale,
+        sliding_window=spans.window,
     )
     return _per_head(mixed.transpose(1, 2), weight[:, nope:].transpose(1, 2)).transpose(1, 2)
 
 
-def spans_of(mask: torch.Tensor | None, queries: int) -> Spans | None:
+def spans_of(mask: torch.Tensor | None, queries: int, window: int | None = None) -> Spans | None:
     """What a boolean mask [B or 1, 1, T, S] shows, as spans for the decode kernel; None if it shows anything else.
 
-    One host read a forward, where there is a mask.
+    One host read a forward, where there is a mask. `window`: each query sees so many slots at most.
     """
     if mask is None:
         return Spans(None, None) if queries == 1 else None
     seen = mask[:, 0]  # [B, T, S]
     last = seen[:, -1].int()
-    starts, lengths = last.argmax(dim=-1), last.shape[-1] - last.flip(-1).argmax(dim=-1)
+    first = last if window is None else seen[:, 0].int()
+    starts, lengths = first.argmax(dim=-1), last.shape[-1] - last.flip(-1).argmax(dim=-1)
     slots = torch.arange(last.shape[-1], device=mask.device)
     ends = lengths[:, None] - torch.arange(queries - 1, -1, -1, device=mask.device)  # [B, T]
     span = (slots >= starts[:, None, None]) & (slots < ends[..., None])
-    return Spans(starts.int(), lengths.int()) if bool((span == seen).all()) else None
+    if window is not None:
+        span &= slots >= ends[..., None] - window
+    return Spans(starts.int(), lengths.int(), window=window) if bool((span == seen).all()) else None
 
 
-def step_spans(slots: torch.Tensor, starts: torch.Tensor | None, extent: int | None) -> Spans:
-    """Spans of a captured step: [B, T] slots in whole storage, of which each row sees up to its newest token."""
-    return Spans(starts, (slots[:, -1] + 1).int(), Extension(slots, extent, whole=True))
+def step_spans(slots: torch.Tensor, starts: torch.Tensor | None, spans: Spans) -> Spans:
+    """`spans` of a captured step with [B, T] slots in whole storage, of which each row sees up to its newest token."""
+    assert spans.extension is not None
+    return Spans(starts, (slots[:, -1] + 1).int(), spans.extension._replace(slots=slots), spans.window)
 
 
 def _per_head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -251,12 +262,15 @@ class DeepseekV3Attention(nn.Module):
             joint = joint_latents(past_key_values, self.layer_idx, latents)
             weight, split = effective_weight(self.kv_b_proj, joint), self._rotated(query, position_embeddings)
             if mla_spans is not None:
-                output = fused_absorbed_attention(split, joint, weight, mla_spans, self.scaling)
+                seen = Latents(joint[..., : self._rank], joint[..., self._rank :])
+                output = fused_absorbed_attention(split, seen, weight, mla_spans, self.scaling)
                 return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), None
             dropout = self.attention_dropout if self.training else 0.0
             output, weights = absorbed_attention(split, joint, weight, attention_mask, self.scaling, dropout)
             shown = weights if self.config._attn_implementation == "eager" else None
         else:
+            if isinstance(past_key_values, LatentCache) and past_key_values.sliding_window is not None:
+                kwargs["sliding_window"] = past_key_values.sliding_window  # for back ends that take no mask
             output, shown = self._attend(*self._heads(query, latents, position_embeddings), attention_mask, **kwargs)
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), shown
 
@@ -267,20 +281,22 @@ class DeepseekV3Attention(nn.Module):
         assert spans.extension is not None
         nope, rope, _ = self._split
         q_nope, q_rope = self._project_query(hidden_states).split((nope, rope), dim=-1)
-        joint = cache.extend(self.layer_idx, spans.extension)
+        held = cache.extend(self.layer_idx, spans.extension)
         norm = self.kv_a_layernorm
         write_latents(
-            joint[..., : self._rank],
-            joint[..., self._rank :],
+            held.latent,
+            held.rope,
             self.kv_a_proj_with_mqa(hidden_states),
             norm.weight,
             *angles,
             spans.extension.slots,
+            scale=held.scale,
             eps=norm.variance_epsilon,
             interleave=self._interleave,
         )
         query = q_nope, rotate(q_rope, *angles, interleave=self._interleave)
-        output = fused_absorbed_attention(query, joint, effective_weight(self.kv_b_proj, joint), spans, self.scaling)
+        weight = effective_weight(self.kv_b_proj, hidden_states)
+        output = fused_absorbed_attention(query, held, weight, spans, self.scaling)
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1))
 
     def _project_query(self, hidden_states: torch.Tensor) -> torch.Tensor:

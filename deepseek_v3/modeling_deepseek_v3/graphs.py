@@ -18,7 +18,9 @@ from torch import nn
 from ..quantization import FP8Experts, FP8Linear
 from ..quantization.linear import multiplies_fp8
 from .attention import DeepseekV3Attention, Spans, is_bare
-from .cache import Extension, LatentCache, LatentLayer
+from .cache import LatentCache
+from .cache_growing import LatentLayer
+from .cache_layers import Extension
 from .layers import DeepseekV3RMSNorm
 from .moe import DeepseekV3Experts, DeepseekV3TopkRouter
 
@@ -62,18 +64,31 @@ class DecodeGraphs:
         if not self.take(tokens) or not isinstance(layer, LatentLayer) or not layer.is_initialized:
             return None
         seen = layer.get_seq_length()
+        for main in cache.layers[: cache.config.num_hidden_layers]:
+            main.reserve(seen + tokens)  # type: ignore[attr-defined]  # before slots are told from where storage begins
         slots = torch.arange(seen, seen + tokens, device=layer.device).expand(batch, -1)
-        return Spans(self.starts, None, Extension(slots, seen + tokens, whole=True))
+        return self._within(layer, slots, self.starts, seen + tokens)
 
-    def row_spans(self, slots: torch.Tensor, extent: int, least: int = 0) -> Spans | None:
-        """As `spans` where rows write to [B, T] slots of their own below `extent` and see none before `least`."""
+    def row_spans(self, layer: Any, slots: torch.Tensor, extent: int, least: int = 0) -> Spans | None:
+        """As `spans` where rows write to [B, T] slots of their own below `extent` and see none before `least`.
+
+        layer: a layer of the cache's that is written to.
+        """
         if not self.take(slots.shape[1]):
             return None
         starts = self.starts
         if least:
             floor = torch.full((len(slots),), least, dtype=torch.int32, device=slots.device)
             starts = floor if starts is None else torch.maximum(starts, floor)
-        return Spans(starts, None, Extension(slots, extent, whole=True))
+        return self._within(layer, slots, starts, extent)
+
+    @staticmethod
+    def _within(layer: LatentLayer, slots: torch.Tensor, starts: torch.Tensor | None, extent: int) -> Spans:
+        """Spans of the layer's whole storage, wherever it begins at the time of the step."""
+        if layer.place is not None:
+            slots = slots - layer.place
+            starts = None if starts is None else (starts - layer.place).clamp(min=0).int()
+        return Spans(starts, None, Extension(slots, extent, whole=True), layer.window)
 
     def run(
         self,

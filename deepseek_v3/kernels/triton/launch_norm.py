@@ -3,6 +3,7 @@
 import torch
 import triton
 
+from ..reference.norm import AMAX_FLOOR, SCALE_GROUP
 from .norm import rms_norm_rows, rotate_rows, write_rows
 
 
@@ -32,13 +33,16 @@ def rotate(x, cos, sin, interleave):
     return out
 
 
-def write_latents(latent, rope, compressed, weight, eps, cos, sin, slots, interleave):
+def write_latents(latent, rope, compressed, weight, eps, cos, sin, slots, interleave, scale):
     """See ``deepseek_v3.kernels.write_latents``."""
     batch, tokens, _ = compressed.shape
     rank, half = latent.shape[2], rope.shape[2] // 2
+    block = triton.next_power_of_2(rank)
     if compressed.numel():
         write_rows[(tokens, batch)](
-            compressed, weight, cos, sin, slots, latent, rope, rank, half, latent.shape[1], eps,
+            compressed, weight, cos, sin, slots, latent, rope, scale, rank, half, latent.shape[1], eps, AMAX_FLOOR,
             *compressed.stride()[:2], *cos.stride()[:2], *slots.stride(), *latent.stride()[:2], *rope.stride()[:2],
-            INTERLEAVE=interleave, BLOCK=triton.next_power_of_2(rank), HALF=triton.next_power_of_2(half), num_warps=4,
+            *((0, 0, 0) if scale is None else scale.stride()),
+            INTERLEAVE=interleave, BLOCK=block, HALF=triton.next_power_of_2(half), GROUP=min(SCALE_GROUP, block),
+            CODED=scale is not None, num_warps=4,
         )  # fmt: skip

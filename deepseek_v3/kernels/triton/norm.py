@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from .quantize import encoded, largest, scale_of
+
 
 @triton.jit
 def normalised(value, weight, count, eps, DTYPE: tl.constexpr):
@@ -59,11 +61,14 @@ def rotate_rows(
 
 @triton.jit
 def write_rows(
-    compressed, weight, cos, sin, slots, latent, rope, rank, half, capacity, eps,
-    x_b, x_t, cos_b, cos_t, slot_b, slot_t, c_b, c_s, r_b, r_s,
-    INTERLEAVE: tl.constexpr, BLOCK: tl.constexpr, HALF: tl.constexpr,
+    compressed, weight, cos, sin, slots, latent, rope, scale, rank, half, capacity, eps, floor,
+    x_b, x_t, cos_b, cos_t, slot_b, slot_t, c_b, c_s, r_b, r_s, s_b, s_s, s_g,
+    INTERLEAVE: tl.constexpr, BLOCK: tl.constexpr, HALF: tl.constexpr, GROUP: tl.constexpr, CODED: tl.constexpr,
 ):  # fmt: skip
-    """One new token: its normalised latent and rotated key into the slot of the cache that slots names."""
+    """One new token: its normalised latent and rotated key into the slot of the cache that slots names.
+
+    CODED: the latent as E4M3 codes, with a scale for each GROUP channels.
+    """
     t = tl.program_id(0).to(tl.int64)
     b = tl.program_id(1).to(tl.int64)
     slot = tl.load(slots + b * slot_b + t * slot_t).to(tl.int64)
@@ -75,9 +80,18 @@ def write_rows(
     value = tl.load(source + col, mask=mask, other=0.0).to(tl.float32)
     w = tl.load(weight + col, mask=mask, other=0.0)
     value = normalised(value, w, rank, eps, dtype)
-    tl.store(latent + b * c_b + slot * c_s + col, value.to(latent.dtype.element_ty), mask=mask & inside)
+    target = latent + b * c_b + slot * c_s
+    if CODED:
+        wide = tl.reshape(tl.where(mask, value, 0.0).to(tl.float32), (BLOCK // GROUP, GROUP))
+        group = tl.arange(0, BLOCK // GROUP)
+        col = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+        step = scale_of(largest(wide, 1), floor, False)
+        tl.store(scale + b * s_b + slot * s_s + group * s_g, step, mask=(group * GROUP < rank) & inside)
+        tl.store(target + col, encoded(wide, step[:, None]), mask=(col < rank) & inside)
+    else:
+        tl.store(target + col, value.to(latent.dtype.element_ty), mask=mask & inside)
     place = b * cos_b + t * cos_t
     first, second, lane, live = turned(source + rank, cos, sin, half, place, INTERLEAVE, HALF, dtype)
-    target = rope + b * r_b + slot * r_s + lane
-    tl.store(target, first.to(rope.dtype.element_ty), mask=live & inside)
-    tl.store(target + half, second.to(rope.dtype.element_ty), mask=live & inside)
+    key = rope + b * r_b + slot * r_s + lane
+    tl.store(key, first.to(rope.dtype.element_ty), mask=live & inside)
+    tl.store(key + half, second.to(rope.dtype.element_ty), mask=live & inside)
