@@ -218,8 +218,10 @@ class Drafter:
         else:
             low, extent = rows.reach(offset, queries.shape[1])
             layer = self.first_layer + module
-            spans = None if graphs is None else graphs.row_spans(
-                self.cache.layers[layer], slots, extent, self.cache.mtp_start
+            spans = (
+                None
+                if graphs is None
+                else graphs.row_spans(self.cache.layers[layer], slots, extent, self.cache.mtp_start)
             )
         mask = None
         if spans is None:

@@ -25,6 +25,10 @@ from .layers import DeepseekV3RMSNorm
 from .rope import apply_rope, softmax_scale
 
 
+# Bytes of expanded keys and values, and of what they are made of, that exist at once where no gradient is asked for.
+EXPANDED_BYTES = 2 << 30
+
+
 class Spans(NamedTuple):
     """The slots that each row's newest query sees, [starts, lengths), int32 [B]; None for all of them.
 
@@ -271,7 +275,7 @@ class DeepseekV3Attention(nn.Module):
         else:
             if isinstance(past_key_values, LatentCache) and past_key_values.sliding_window is not None:
                 kwargs["sliding_window"] = past_key_values.sliding_window  # for back ends that take no mask
-            output, shown = self._attend(*self._heads(query, latents, position_embeddings), attention_mask, **kwargs)
+            output, shown = self._attend_expanded(query, latents, position_embeddings, attention_mask, **kwargs)
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), shown
 
     def _decode(
@@ -317,14 +321,41 @@ class DeepseekV3Attention(nn.Module):
         latent = self.kv_a_layernorm(latent)[:, None]  # [B, 1, T, C]
         return latent, apply_rope(rope[:, None], *angles, self._interleave)  # [B, 1, T, R]
 
+    def _attend_expanded(
+        self, query: torch.Tensor, latents: Any, angles: tuple[torch.Tensor, torch.Tensor], mask: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The expanded form, some heads at a time where the keys and values of all would take too much memory.
+
+        Where a gradient is asked for they are kept for the backward in any case.
+        """
+        latent, heads = latents[0][:, 0], query.shape[1]
+        nope, rope, value = self._split
+        # kv_b_proj's output beside the keys and values that are made of it.
+        width = 2 * (nope + value) + rope
+        bytes_a_head = latent.shape[0] * latent.shape[1] * width * latent.element_size()
+        step = max(1, EXPANDED_BYTES // bytes_a_head)
+        if torch.is_grad_enabled() or step >= heads:
+            return self._attend(*self._heads(query, latents, angles, self.kv_b_proj(latent)), mask, **kwargs)
+        weight = effective_weight(self.kv_b_proj, latent).view(heads, nope + value, -1)
+        parts = []
+        for first in range(0, heads, step):
+            some = slice(first, first + step)
+            expanded = nn.functional.linear(latent, weight[some].flatten(0, 1))
+            # Nothing but the slice's output may outlive it.
+            parts.append(self._attend(*self._heads(query[:, some], latents, angles, expanded), mask, **kwargs))
+            del expanded
+        weights = [part[1] for part in parts]
+        shown = None if weights[0] is None else torch.cat(weights, dim=1)
+        return torch.cat([part[0] for part in parts], dim=2), shown
+
     def _heads(
-        self, query: torch.Tensor, latents: Any, angles: tuple[torch.Tensor, torch.Tensor]
+        self, query: torch.Tensor, latents: Any, angles: tuple[torch.Tensor, torch.Tensor], expanded: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Every head's rotated query [B, H, T, N + R], key [B, H, S, N + R] and value [B, H, S, V], from queries that
-        are not rotated yet."""
+        """Some heads' rotated query [B, H, T, N + R], key [B, H, S, N + R] and value [B, H, S, V], from queries that
+        are not rotated yet and what `kv_b_proj` gives for these heads, [B, S, H * (N + V)]."""
         nope, _, value = self._split
         latent, k_rope = latents
-        expanded = self.kv_b_proj(latent[:, 0]).view(*latent[:, 0].shape[:2], -1, nope + value)
+        expanded = expanded.view(*latent[:, 0].shape[:2], -1, nope + value)
         k, v = join_keys(expanded, k_rope[:, 0], nope)
         q = rotate_queries(query.transpose(1, 2), *angles, interleave=self._interleave)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)

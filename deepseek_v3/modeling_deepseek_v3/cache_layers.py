@@ -11,6 +11,7 @@ from transformers.utils.import_utils import is_torchdynamo_compiling
 
 from .latents import Latents, TokenFormat
 
+
 class RowSlots(NamedTuple):
     """Where the rows of a batch write, each at its own place.
 

@@ -262,7 +262,9 @@ def test_fp8_latents(target, heads, rank, pe, uneven):
 
 @pytest.mark.parametrize("rank", [48, 300])
 def test_fp8_latents_whose_last_group_is_short(rank):
-    q_latent, q_rope, latent, rope = (torch.randn(s) for s in ((2, 2, 3, rank), (2, 2, 3, 8), (2, 20, rank), (2, 20, 8)))
+    q_latent, q_rope, latent, rope = (
+        torch.randn(s) for s in ((2, 2, 3, rank), (2, 2, 3, 8), (2, 20, rank), (2, 20, 8))
+    )
     codes, scale = quantize_activation(latent)
     assert scale.shape == (2, 20, -(-rank // 128))
     got = mla_decode(q_latent, q_rope, codes, rope, scale=0.1, latent_scale=scale, sliding_window=7)
