@@ -24,7 +24,6 @@ from .latents import Latents
 from .layers import DeepseekV3RMSNorm
 from .rope import apply_rope, softmax_scale
 
-
 # Bytes of expanded keys and values, and of what they are made of, that exist at once where no gradient is asked for.
 EXPANDED_BYTES = 2 << 30
 

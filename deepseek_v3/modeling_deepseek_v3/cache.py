@@ -80,10 +80,10 @@ class LatentCache(DynamicCache):
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def _new_layer(self) -> LatentLayer | StaticLatentLayer:
-        kind = {"coded": self.dtype is not None, "window": self.sliding_window}
+        coded, window = self.dtype is not None, self.sliding_window
         if self.max_cache_len is not None:
-            return StaticLatentLayer(self.max_cache_len, **kind)
-        layer = LatentLayer(**kind)
+            return StaticLatentLayer(self.max_cache_len, coded, window)
+        layer = LatentLayer(coded, window)
         layer.expected, layer.held = self._expected, self._held
         return layer
 

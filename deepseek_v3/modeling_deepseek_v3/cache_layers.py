@@ -126,6 +126,7 @@ class StaticLatentLayer(StoredLayer):
     """A layer of fixed length in one tensor that never moves, written in place; every slot is shown."""
 
     is_compileable = True
+    cumulative_length: torch.Tensor  # type: ignore[assignment]
 
     def __init__(self, max_cache_len: int, coded: bool = False, window: int | None = None, **kwargs: Any) -> None:
         super().__init__(coded, window)

@@ -4,7 +4,7 @@ Special about it: a token is one row of one tensor in both forms, so that growin
 is one operation whatever the form. In FP8 the rows are bytes: C codes, a float32 scale for each 128 of them, the
 rotated key in the model's dtype; 656 bytes for DeepSeek-V3, in the order in which FlashMLA keeps them.
 
-Letters: B batch, S cached tokens, C kv_lora_rank, R qk_rope_head_dim, G groups of 128 channels (the last may be short).
+Letters: B batch, S cached tokens, C kv_lora_rank, R qk_rope_head_dim, G groups of 128 channels (the last short).
 """
 
 from typing import NamedTuple
@@ -29,7 +29,7 @@ class Latents(NamedTuple):
     scale: torch.Tensor | None = None
 
     def plain(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Latent [..., C] and rope [..., R] in the model's dtype: themselves, or a copy of what the codes stand for."""
+        """Latent [..., C] and rope [..., R] in the model's dtype: themselves, or what the codes stand for."""
         if self.scale is None:
             return self.latent, self.rope
         return dequantize_activation(self.latent, self.scale, group=_GROUP, dtype=self.rope.dtype), self.rope

@@ -309,7 +309,7 @@ def _window(cache: Any, attention_mask: Any, queries: int, keys: Any) -> int | N
     if ready and not cache.has_rows and attention_mask.shape[-1] != keys:
         raise ValueError(
             f"attention_mask of shape {tuple(attention_mask.shape)}: a cache with sliding_window = {window} shows "
-            f"{queries} new tokens its last {keys} slots; pass [batch, 1, {queries}, {keys}], or a mask [batch, tokens]"
+            f"{queries} new tokens its last {keys} slots; pass [batch, 1, {queries}, {keys}], or [batch, tokens]"
         )
     return None if queries == 1 and cache.max_cache_len is None else window
 

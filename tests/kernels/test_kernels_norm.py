@@ -130,7 +130,8 @@ def test_operations_have_fakes(target):
         ops.rms_norm: (x, weight, 1e-6, x.clone(), b),
         ops.rotate: (x[:, None, :, :16], cos, sin, True, b),
         ops.write_latents_: (
-            cache, cache.new_zeros(2, 5, 16), torch.cat((x, x[..., :16]), -1), weight, 1e-6, cos, sin, slots, True, None, b
+            cache, cache.new_zeros(2, 5, 16), torch.cat((x, x[..., :16]), -1), weight, 1e-6, cos, sin, slots,
+            True, None, b,
         ),
     }.items():  # fmt: skip
         torch.library.opcheck(operation.default, arguments, test_utils=("test_schema", "test_faketensor"))
