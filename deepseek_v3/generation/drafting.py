@@ -14,8 +14,7 @@ from typing import Any
 
 import torch
 
-from ..modeling_deepseek_v3.cache import LatentCache
-from ..modeling_deepseek_v3.cache_layers import RowSlots
+from ..modeling_deepseek_v3.cache import LatentCache, RowSlots
 
 
 class Rows:

@@ -15,8 +15,7 @@ import torch
 from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 
-from ..modeling_deepseek_v3.cache import LatentCache
-from ..modeling_deepseek_v3.cache_layers import RowSlots
+from ..modeling_deepseek_v3.cache import LatentCache, RowSlots
 from .acceptance import accept, accept_one, choose
 from .drafting import Drafter, Rows
 from .recording import Recorder
