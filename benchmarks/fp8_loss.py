@@ -1,7 +1,11 @@
-"""FP8 training against BF16: the same model, seed and data, several seeds, on real text (Python's standard library,
-byte by byte). Reports the relative difference of the smoothed loss at the end (the report found less than 0.25 %),
-beside what BF16 itself does to the float32 loss of the first seed, and what the routers' bias update does to the
-experts' load. `--tiny` runs anywhere in minutes.
+"""FP8 training against BF16, and the routers' bias update against none: the same model, seed and data, several seeds,
+on real text byte by byte (Python's standard library, or `--text FILE`).
+
+Two runs part by chaos alone, so every seed has the noise beside it: BF16 again with the rows of each batch in another
+order, which is another rounding and nothing else. The learning rate decays to zero and the update of the biases ends
+with it; compared are the smoothed training loss of the last tenth, and the loss on the same held-out text, by BF16 for
+all. What is reported is the mean over the seeds of the paired relative differences, with its standard error. On a GPU
+all runs share it at once: each alone is bound by its launches. `--tiny` runs anywhere in minutes.
 """
 
 import sys
@@ -10,6 +14,9 @@ from pathlib import Path
 # Run as a script, Python looks for modules beside it, where kernels.py would pass for the `kernels` package.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import json
+import math
+import statistics
 import sysconfig
 import time
 
@@ -20,106 +27,207 @@ from deepseek_v3 import DeepseekV3ForCausalLM, enable_fp8_training
 from deepseek_v3.configuration import preset
 from deepseek_v3.training.balance import routers_of, update_router_bias
 
-LARGE = {"hidden_size": 768, "intermediate_size": 2048, "moe_intermediate_size": 512, "num_hidden_layers": 5}
-LARGE |= {"n_routed_experts": 32, "num_experts_per_tok": 4, "n_group": 4, "topk_group": 2, "n_shared_experts": 1}
-LARGE |= {"num_attention_heads": 8, "num_key_value_heads": 8, "q_lora_rank": 512, "kv_lora_rank": 256}
+LARGE = {"hidden_size": 512, "intermediate_size": 1536, "moe_intermediate_size": 256, "num_hidden_layers": 4}
+LARGE |= {"n_routed_experts": 16, "num_experts_per_tok": 4, "n_group": 4, "topk_group": 2, "n_shared_experts": 1}
+LARGE |= {"num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 512, "kv_lora_rank": 512}
 LARGE |= {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "first_k_dense_replace": 1}
 TINY = {"hidden_size": 128, "intermediate_size": 256, "moe_intermediate_size": 128, "kv_lora_rank": 128}
 VOCABULARY = 256
+BALANCED, NOISE, FP8, FREE = "bf16", "bf16, rows in another order", "fp8", "bf16, no bias update"
+WARM_UP, TIMED = 10, 15
 
 
-def read_text(limit):
-    """The bytes of the standard library's modules, the same order everywhere."""
-    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
-    return torch.frombuffer(bytearray(b"".join(f.read_bytes() for f in files)[:limit]), dtype=torch.uint8).long()
+def read_text(options):
+    """Bytes to learn from and, of the last twentieth, bytes held out."""
+    if options.text:
+        raw = Path(options.text).read_bytes()
+    else:
+        files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+        raw = b"".join(file.read_bytes() for file in files)
+    tokens = torch.frombuffer(bytearray(raw[: 1 << 20] if options.tiny else raw), dtype=torch.uint8).long()
+    held_out = len(tokens) // 20
+    return tokens[:-held_out], tokens[-held_out:]
 
 
-def make_model(options, seed, device):
-    sizes = TINY if options.tiny else LARGE
+def make_model(options, seed):
     torch.manual_seed(seed)
-    config = preset("tiny", vocab_size=VOCABULARY, initializer_range=0.02, **sizes, pad_token_id=None)
-    return DeepseekV3ForCausalLM(config).to(device).train()
+    sizes = TINY if options.tiny else LARGE
+    fields = {"initializer_range": 0.02, "seq_balance_loss_alpha": 0.0, "pad_token_id": None}
+    return DeepseekV3ForCausalLM(preset("tiny", vocab_size=VOCABULARY, **sizes, **fields)).train()
 
 
-def batch_of(text, options, generator, device):
-    starts = torch.randint(0, len(text) - options.block, (options.batch,), generator=generator)
-    return torch.stack([text[start : start + options.block] for start in starts]).to(device)
+class Run:
+    """One model's training: `kind` is one of the four above."""
 
+    def __init__(self, options, seed, kind, device):
+        self.options, self.seed, self.kind, self.device = options, seed, kind, device
+        self.text, self.held_out = read_text(options)
+        self.model = make_model(options, seed).to(device)
+        if kind == FP8:
+            enable_fp8_training(self.model)
+        decay = [p for p in self.model.parameters() if p.dim() > 1]
+        other = [p for p in self.model.parameters() if p.dim() <= 1]
+        groups = [{"params": decay, "weight_decay": 0.1}, {"params": other, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=device == "cuda")
+        self.generator = torch.Generator().manual_seed(seed)
+        self.losses, self.loads = [], []
 
-def rate(step, options):
-    warm = max(1, options.steps // 20)
-    return options.learning_rate * min(1.0, (step + 1) / warm) * (1 - 0.9 * step / options.steps)
-
-
-def train(options, text, seed, precision, gamma, device):
-    """Main loss of every step, and of the last quarter each router's load: (losses, MaxVio, seconds)."""
-    model = make_model(options, seed, device)
-    if precision == "fp8":
-        enable_fp8_training(model)
-    decay = [p for p in model.parameters() if p.dim() > 1]
-    other = [p for p in model.parameters() if p.dim() <= 1]
-    groups = [{"params": decay, "weight_decay": 0.1}, {"params": other, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, betas=(0.9, 0.95), fused=device == "cuda")
-    generator, losses, loads = torch.Generator().manual_seed(seed), [], None
-    start = time.perf_counter()
-    for step in range(options.steps):
-        tokens = batch_of(text, options, generator, device)
-        for group in optimizer.param_groups:
-            group["lr"] = rate(step, options)
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=precision != "fp32"):
-            output = model(tokens, labels=tokens)
+    def advance(self, rate, gamma):
+        """One optimizer step."""
+        options = self.options
+        starts = torch.randint(0, len(self.text) - options.block, (options.batch,), generator=self.generator)
+        tokens = self.text[starts[:, None] + torch.arange(options.block)]
+        tokens = (tokens.flip(0) if self.kind == NOISE else tokens).to(self.device)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        with torch.autocast(self.device, dtype=torch.bfloat16):
+            output = self.model(tokens, labels=tokens)
         output.loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        counted = torch.stack([load for load in update_router_bias(model, gamma) if load is not None])
-        if step >= options.steps * 3 // 4:
-            loads = counted if loads is None else loads + counted
-        losses.append(output.main_loss.detach())
-    seconds = time.perf_counter() - start
-    assert loads is not None and len(loads) == len(routers_of(model))
-    max_vio = (loads.amax(dim=1) / loads.mean(dim=1) - 1).mean()
-    return torch.stack(losses).float().cpu(), max_vio.item(), seconds
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        loads = update_router_bias(self.model, 0.0 if self.kind == FREE else gamma)
+        self.losses.append(output.main_loss.detach())
+        self.loads.append(torch.stack(loads))
+
+    def train(self, steps):
+        """The remaining steps of `steps`: warm-up, then a cosine to zero."""
+        for step in range(len(self.losses), steps):
+            self.advance(*schedule(step, steps, self.options))
+
+    @torch.no_grad()
+    def evaluate(self):
+        """Main loss and MaxVio on the held-out text, by BF16."""
+        self.model.eval()
+        loads = {}
+
+        def count(router, inputs, output):
+            loads[router] = loads.get(router, 0) + torch.bincount(output[2].flatten(), minlength=router.num_experts)
+
+        handles = [router.register_forward_hook(count) for router in routers_of(self.model)]
+        block = self.options.block
+        rows = self.held_out[: len(self.held_out) // block * block].view(-1, block)[: self.options.held_out]
+        total = 0.0
+        for piece in rows.split(2 * self.options.batch):
+            tokens = piece.to(self.device)
+            with torch.autocast(self.device, dtype=torch.bfloat16):
+                total += self.model(tokens, labels=tokens, use_cache=False).main_loss.double() * len(piece)
+        for handle in handles:
+            handle.remove()
+        return (total / len(rows)).item(), max_vio(torch.stack(list(loads.values())).double())
 
 
-def smoothed(losses, options):
-    """Mean of the last tenth of the steps."""
-    return losses[-max(1, options.steps // 10) :].mean().item()
+def schedule(step, steps, options):
+    """Learning rate and gamma of a step; the first steps do not depend on how many there are."""
+    if step < options.warm_up:
+        return options.learning_rate * (step + 1) / options.warm_up, options.gamma
+    done = (step - options.warm_up) / max(1, steps - options.warm_up)
+    return options.learning_rate * (1 + math.cos(math.pi * done)) / 2, options.gamma if done < 0.9 else 0.0
+
+
+def max_vio(loads):
+    """Largest over mean load, minus 1, averaged over the routers: [routers, E]."""
+    return (loads.amax(-1) / loads.mean(-1) - 1).mean().item()
+
+
+def work(number, options, plan, device, barrier, seconds, results):
+    """Train run `number` of the plan and hand in its summary."""
+    torch.set_num_threads(1)
+    run = Run(options, *plan[number], device)
+    steps = options.steps
+    if options.seconds:
+        steps = agree(run, number, options, barrier, seconds)
+    begin = time.perf_counter()
+    run.train(steps)
+    losses, tenth = torch.stack(run.losses).float().cpu(), max(1, steps // 10)
+    held_out, vio = run.evaluate()
+    loads = torch.stack(run.loads[-steps // 4 :])
+    summary = {"seed": run.seed, "kind": run.kind, "steps": steps, "loss": losses[-tenth:].mean().item()}
+    summary |= {"held_out_loss": held_out, "held_out_max_vio": vio, "max_vio": max_vio(loads.sum(0))}
+    summary |= {"max_vio_batch": statistics.mean(max_vio(batch) for batch in loads[::8])}
+    summary["curve"] = losses.unfold(0, max(1, steps // 30), max(1, steps // 30)).mean(-1).tolist()
+    summary["seconds"] = time.perf_counter() - begin
+    print(f"# {json.dumps({k: v for k, v in summary.items() if k != 'curve'})}", flush=True)
+    results.append(summary)
+
+
+def agree(run, number, options, barrier, seconds):
+    """How many steps all the runs make together in `options.seconds`, from what some of them take."""
+    run.train(WARM_UP)
+    barrier.wait()
+    begin = time.perf_counter()
+    run.train(WARM_UP + TIMED)
+    run.losses[-1].item()
+    seconds[number] = time.perf_counter() - begin
+    barrier.wait()
+    return max(options.warm_up * 2, int(options.seconds / (statistics.mean(seconds[:]) / TIMED)))
+
+
+def run_all(options, plan, device):
+    """Every run's summary: all at once on a GPU, one after another elsewhere."""
+    if device == "cpu":
+        results: list = []
+        for number in range(len(plan)):
+            work(number, options, plan, device, None, None, results)
+        return results
+    context = torch.multiprocessing.get_context("spawn")
+    with context.Manager() as manager:
+        results = manager.list()
+        barrier, seconds = context.Barrier(len(plan), timeout=180), context.Array("d", len(plan))
+        given = (options, plan, device, barrier, seconds, results)
+        workers = [context.Process(target=work, args=(number, *given), daemon=True) for number in range(len(plan))]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        return list(results)
+
+
+def paired(runs, kind, field):
+    """Mean over the seeds of a run's difference from BF16, relative, and its standard error."""
+    of = {(run["seed"], run["kind"]): run[field] for run in runs}
+    seeds = [seed for seed, name in of if name == kind and (seed, BALANCED) in of]
+    differences = [of[seed, kind] / of[seed, BALANCED] - 1 for seed in sorted(seeds)]
+    error = statistics.stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else float("nan")
+    return {"mean": statistics.mean(differences), "standard_error": error, "by_seed": differences}
 
 
 def main():
     args = parser(__doc__)
     args.add_argument("--tiny", action="store_true")
     args.add_argument("--steps", type=int, default=400)
+    args.add_argument("--seconds", type=float, help="on a GPU: as many steps as fit, instead of --steps")
+    args.add_argument("--warm-up", type=int, default=50)
     args.add_argument("--seeds", type=int, default=3)
     args.add_argument("--batch", type=int, default=32)
     args.add_argument("--block", type=int, default=256)
-    args.add_argument("--learning-rate", type=float, default=6e-4)
+    args.add_argument("--held-out", type=int, default=2048, help="blocks of held-out text")
+    args.add_argument("--learning-rate", type=float, default=1e-3)
+    args.add_argument("--gamma", type=float, default=0.002, help="of the bias update, which ends with the last tenth")
+    args.add_argument("--text", help="a file to learn from instead of the standard library")
     options = args.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    text = read_text(1 << 20 if options.tiny else 1 << 24)
-    parameters = sum(p.numel() for p in make_model(options, 0, "cpu").parameters())
-    runs, rows = [], []
-    for seed in range(options.seeds):
-        ends = {}
-        for precision in ("bf16", "fp8", "fp32") if seed == 0 else ("bf16", "fp8"):
-            losses, max_vio, seconds = train(options, text, seed, precision, 0.001, device)
-            ends[precision] = smoothed(losses, options)
-            curve = losses.unfold(0, max(1, options.steps // 30), max(1, options.steps // 30)).mean(-1).tolist()
-            run = {"seed": seed, "precision": precision, "loss": ends[precision], "max_vio": max_vio}
-            runs.append({**run, "seconds": seconds, "curve": curve})
-            print(f"# seed {seed} {precision}: loss {ends[precision]:.5f}, {seconds:.0f} s", flush=True)
-        difference = ends["fp8"] / ends["bf16"] - 1
-        floor = f"{ends['bf16'] / ends['fp32'] - 1:+.3%}" if "fp32" in ends else ""
-        own = next(run for run in reversed(runs) if run["precision"] == "bf16")
-        rows.append([seed, ends["bf16"], ends["fp8"], f"{difference:+.3%}", floor, own["max_vio"]])
-    losses, max_vio, _ = train(options, text, 0, "bf16", 0.0, device)
-    without = {"loss": smoothed(losses, options), "max_vio": max_vio}
-    print(f"seed 0 without the bias update: loss {without['loss']:.4f}, MaxVio {max_vio:.2f}")
-    columns = ["seed", "BF16 loss", "FP8 loss", "FP8 over BF16", "BF16 over float32", "MaxVio"]
-    shape = {name: getattr(options, name) for name in ("steps", "batch", "block", "learning_rate")}
-    data = {"parameters": parameters, **shape, "runs": runs, "without_bias_update": without}
-    finish("fp8_loss", columns, rows, data, options.output)
+    if device == "cpu" and options.seconds:
+        sys.exit("--seconds is for runs that share a GPU; give --steps here")
+    plan = [(seed, kind) for seed in range(options.seeds) for kind in (BALANCED, NOISE, FP8, FREE)]
+    runs = run_all(options, plan, device)
+    if len(runs) < len(plan):
+        sys.exit(f"{len(plan) - len(runs)} of {len(plan)} runs broke off, nothing is reported")
+    fields = ("loss", "held_out_loss")
+    differences = {kind: {field: paired(runs, kind, field) for field in fields} for kind in (NOISE, FP8, FREE)}
+    rows = []
+    for kind in (BALANCED, NOISE, FP8, FREE):
+        own = [run for run in runs if run["kind"] == kind]
+        means = [statistics.mean(run[field] for run in own) for field in (*fields, "max_vio_batch", "max_vio")]
+        cells = ["", ""]
+        if kind != BALANCED:
+            cells = [f"{d['mean']:+.3%} ± {d['standard_error']:.3%}" for d in differences[kind].values()]
+        rows.append([kind, *(f"{value:.4f}" for value in means[:2]), *cells, *means[2:]])
+    columns = ["run", "loss", "held-out loss", "loss over BF16", "held-out over BF16", "MaxVio a batch", "the quarter"]
+    names = ("batch", "block", "held_out", "learning_rate", "gamma", "warm_up", "seeds")
+    shape = {name: getattr(options, name) for name in names} | {"steps": runs[0]["steps"]}
+    shape["parameters"] = sum(p.numel() for p in make_model(options, 0).parameters())
+    finish("fp8_loss", columns, rows, {**shape, "differences": differences, "runs": runs}, options.output)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What the machinery of speculative decoding costs on a GPU: Moonlight-16B-A3B's sizes with one MTP module, random
 weights, drafts accepted with a given probability by construction, against our own plain decoding, in turns, both
-replayed from CUDA graphs as `generate` does by itself.
+replayed from CUDA graphs as `generate` does by itself; and the main model's forward over one token a row and over two,
+replayed: verifying a draft reads the experts of both, whatever drafted it.
 
 The drafts' tokens mean nothing here, so the output is not compared: that drafting is lossless is held by the tests.
 """
@@ -15,7 +16,7 @@ import torch
 
 from benchmarks.common import finish, parser
 from benchmarks.layer import timed
-from deepseek_v3 import DeepseekV3ForCausalLM
+from deepseek_v3 import DeepseekV3ForCausalLM, LatentCache
 from deepseek_v3.configuration import preset
 from deepseek_v3.generation import speculative
 
@@ -50,6 +51,24 @@ def forced(rate):
     return accept
 
 
+def forwards(model, prompt):
+    """Milliseconds of the main model's forward over one new token a row and over two, replayed."""
+    batch, cache = len(prompt), LatentCache(model.config)
+    cache.expect(prompt.shape[1] + 64)
+    model(prompt, past_key_values=cache, logits_to_keep=1)
+    graphs = model.model.decode_graphs(cache, None)
+
+    def replayed(tokens):
+        new = torch.randint(0, 1000, (batch, tokens), device="cuda")
+        cache.graphs = graphs
+        model(new, past_key_values=cache, mla_spans=graphs.spans(cache, batch, tokens))
+        cache.graphs = None
+        cache.crop(-tokens)
+
+    times = timed({"one": lambda: replayed(1), "two": lambda: replayed(2)}, rounds=20)
+    return times["one"], times["two"]
+
+
 def main():
     args = parser(__doc__)
     args.add_argument("--rate", type=float, default=0.85)
@@ -75,9 +94,21 @@ def main():
         times = timed({"plain": plain, "mtp": mtp}, rounds=options.rounds)
         tokens = sum(s.tokens_per_step for s in statistics) / len(statistics)
         speedup = times["plain"] / times["mtp"]
-        rows.append([batch, times["plain"], times["mtp"], tokens, speedup, speedup / tokens])
-        points.append({"batch": batch, **times, "tokens_per_step": tokens, "speedup": speedup})
-    columns = ["batch", "plain ms", "with MTP ms", "tokens a step", "times faster", "share of free drafts"]
+        one, two = forwards(model, prompt)
+        free = tokens * one / two
+        rows.append([batch, times["plain"], times["mtp"], tokens, speedup, speedup / tokens, one, two, speedup / free])
+        points.append(
+            {
+                "batch": batch,
+                **times,
+                "tokens_per_step": tokens,
+                "speedup": speedup,
+                "forward_of_one_ms": one,
+                "forward_of_two_ms": two,
+            }
+        )
+    columns = ["batch", "plain ms", "with MTP ms", "tokens a step", "times faster", "of the tokens"]
+    columns += ["1 token ms", "2 tokens ms", "of the verification"]
     finish(
         "mtp_machinery",
         columns,

@@ -164,6 +164,7 @@ def main():
         "batch": options.batch,
         "length": options.length,
         "rank": options.rank,
+        "targets": "every projection, MLP and expert",
         "resident_weight_bytes": resident,
         "expert_bytes": experts,
         "expert_bytes_by_accounting": round(

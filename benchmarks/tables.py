@@ -195,8 +195,9 @@ def qlora():
         ["tokens a second", f"{record['tokens_per_second']:,.0f}"],
     ]
     head = f"Moonlight-16B-A3B's sizes ({parameters / 1e9:.1f} billion parameters, random), NF4 with double "
-    head += f"quantisation, LoRA of rank {record['rank']} on attention and experts, {record['length']:,} tokens a "
-    head += f"step, activation checkpointing, {machine(record)}; `python benchmarks/qlora.py`."
+    head += f"quantisation, LoRA of rank {record['rank']} on {record.get('targets', 'attention and experts')}, "
+    head += f"{record['length']:,} tokens a step, activation checkpointing, {machine(record)}; "
+    head += "`python benchmarks/qlora.py`."
     return f"{head}\n\n{markdown(['QLoRA on one GPU', ''], rows)}"
 
 

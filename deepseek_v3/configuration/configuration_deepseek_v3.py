@@ -33,7 +33,7 @@ def _plain_value_errors(cls: type) -> type:
         try:
             strict_init(self, *args, **kwargs)
         except StrictDataclassError as error:
-            raise ValueError(f"{cls.__name__}: {error}") from error
+            raise ValueError(f"{cls.__name__}: {' '.join(str(error).split())}") from error
 
     cls.__init__ = __init__  # type: ignore[misc]
     return cls

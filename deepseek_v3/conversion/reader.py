@@ -119,6 +119,25 @@ def open_checkpoint(folder: str | Path, layout: Literal["auto", "inference"] = "
     raise _nothing_found(folder, names)
 
 
+def open_weights(folder: Path) -> Checkpoint | None:
+    """Open what transformers loads from a folder: `model.safetensors`, else what the index names; None for neither.
+
+    Raises:
+        CheckpointError: as `open_checkpoint`, and rank files, which transformers cannot load.
+    """
+    names = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+    if SINGLE_NAME in names:
+        header = read_header(safe_path(folder, SINGLE_NAME, named_by="the folder"))
+        return _merge(Checkpoint(folder, "official", {}, {SINGLE_NAME: header}))
+    if INDEX_NAME in names:
+        return _open_indexed(folder, {})
+    ranks = sorted(name for name in names if RANK_FILE.fullmatch(name))
+    if ranks:
+        remedy = "convert them first: deepseek-v3 convert SRC DST --to fp8 (or bf16)"
+        raise CheckpointError("is a rank file of DeepSeek's inference code", file=folder / ranks[0], remedy=remedy)
+    return None
+
+
 def _nothing_found(folder: Path, names: list[str]) -> CheckpointError:
     pickles = [name for name in names if name.endswith(_PICKLES)]
     shards = [name for name in names if name.endswith(".safetensors")]

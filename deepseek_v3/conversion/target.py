@@ -2,7 +2,8 @@
 
 A folder in which a conversion has begun holds a journal: a fingerprint of source, options and planned files. A run
 with the same fingerprint continues it; a shard counts as done when it has its final name, its planned size and its
-planned header, since it only ever gets its name after all its bytes have reached the disk.
+planned header, since it only ever gets its name after all its bytes have reached the disk. When all is done a note
+with the fingerprint stays: checkpoints of one architecture have equal headers, and these tell nobody whose it is.
 """
 
 import fcntl
@@ -22,7 +23,7 @@ from .reader import CONFIG_NAME, INDEX_NAME, Checkpoint
 from .steps import Job
 from .writer import is_partial, remove_partials, write_json
 
-JOURNAL_NAME = ".conversion.json"
+JOURNAL_NAME, DONE_NAME = ".conversion.json", ".converted.json"
 _MAX_JOURNAL_BYTES = 1 << 20
 
 
@@ -78,12 +79,13 @@ def is_done(job: Job, target: Path) -> bool:
 class Target:
     """One conversion's hold on its destination. Create it with `open_target`."""
 
-    def __init__(self, folder: Path, plan: Plan, created: bool) -> None:
-        self.folder, self.plan, self.created = folder, plan, created
+    def __init__(self, folder: Path, plan: Plan, digest: str, created: bool) -> None:
+        self.folder, self.plan, self.digest, self.created = folder, plan, digest, created
         self.todo = [job for job in plan.jobs if not is_done(job, folder)]
 
     def finish(self) -> None:
-        """Remove the journal: the folder is a checkpoint like any other from now on."""
+        """Turn the journal into the note: the folder is a checkpoint like any other from now on."""
+        write_json(self.folder / DONE_NAME, {"fingerprint": self.digest})
         (self.folder / JOURNAL_NAME).unlink(missing_ok=True)
 
     def abandon(self) -> None:
@@ -91,7 +93,8 @@ class Target:
         remove_partials(self.folder)
         for job in self.plan.jobs:
             (self.folder / job.file).unlink(missing_ok=True)
-        self.finish()
+        for name in (JOURNAL_NAME, DONE_NAME):
+            (self.folder / name).unlink(missing_ok=True)
         if self.created and not any(self.folder.iterdir()):
             self.folder.rmdir()
 
@@ -113,15 +116,15 @@ def _check_space(folder: Path, needed: int, freed: int) -> None:
 
 def _old_checkpoint(folder: Path) -> list[Path]:
     """The files that --overwrite replaces: a checkpoint's, and nothing else that may lie there."""
-    fixed = (INDEX_NAME, CONFIG_NAME, JOURNAL_NAME)
+    fixed = (INDEX_NAME, CONFIG_NAME, JOURNAL_NAME, DONE_NAME)
     return [p for p in folder.iterdir() if not p.is_dir() and (p.suffix == ".safetensors" or p.name in fixed)]
 
 
-def _journal(folder: Path, names: list[str], *, broken_is_none: bool) -> dict[str, Any] | None:
-    if JOURNAL_NAME not in names:
+def _note(folder: Path, name: str, names: list[str], *, broken_is_none: bool) -> dict[str, Any] | None:
+    if name not in names:
         return None
     try:
-        return read_json(folder / JOURNAL_NAME, _MAX_JOURNAL_BYTES)
+        return read_json(folder / name, _MAX_JOURNAL_BYTES)
     except CheckpointError:
         if broken_is_none:
             return None
@@ -145,15 +148,17 @@ def open_target(folder: Path, plan: Plan, digest: str, *, resume: bool, overwrit
     """
     names = _contents(folder)
     created = not folder.exists()
-    journal = _journal(folder, names, broken_is_none=overwrite)
+    journal = _note(folder, JOURNAL_NAME, names, broken_is_none=overwrite)
+    done = _note(folder, DONE_NAME, names, broken_is_none=True)
     # The same command given again after a kill continues, whatever it was told to overwrite at first.
     overwrite = overwrite and (journal is None or journal.get("fingerprint") != digest)
     if names and not overwrite:
         if journal is not None and journal.get("fingerprint") != digest:
             problem = "holds the beginning of another conversion, or its source has changed since"
             raise CheckpointError(problem, file=folder, remedy="repeat the first command exactly, or give --overwrite")
-        if journal is None and not (resume and all(is_done(job, folder) for job in plan.jobs)):
-            problem = "is not empty" + (" and holds no interrupted conversion to resume" if resume else "")
+        if journal is None and not (resume and done and done.get("fingerprint") == digest):
+            what = "the result of another conversion" if done else "no interrupted conversion to resume"
+            problem = "is not empty" + (f" and holds {what}" if resume else "")
             raise CheckpointError(problem, file=folder, remedy="choose an empty folder, or give --overwrite")
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
@@ -170,4 +175,4 @@ def open_target(folder: Path, plan: Plan, digest: str, *, resume: bool, overwrit
             path.unlink()
         created = bool(journal.get("created")) if journal and not overwrite else created
         write_json(folder / JOURNAL_NAME, {"fingerprint": digest, "created": created})
-        yield Target(folder, plan, created)
+        yield Target(folder, plan, digest, created)

@@ -57,12 +57,13 @@ class SpeculativeDecoder:
         self.input_ids, self.prompt_embeds, self.keep_cache = input_ids, prompt_embeds, keep_cache
         self.past = int(cache.get_seq_length())
         self.rows = Rows(prompt_mask, prompt_positions, self.past)
-        self.policy = make_depth(depth, model.config.num_nextn_predict_layers)
+        self.policy = make_depth(depth, model, len(input_ids))
         self.drafter = Drafter(model, cache, self.rows, self.policy.deepest)
         batch = len(input_ids)
         self.scorer, self.stopper = RowScorer(processors, batch), RowStopper(criteria, batch)
         self.recorder = Recorder(config, batch)
-        self.statistics = MtpStatistics(depth=self.policy.next())
+        self.statistics = MtpStatistics()
+        self.policy.begin(self.statistics)
         self.new: list[list[int]] = [[] for _ in range(batch)]
         self.done = [False] * batch
 
@@ -75,7 +76,7 @@ class SpeculativeDecoder:
                 started = time.perf_counter()
                 drafts = self._affordable(self.policy.next())
                 self._step(drafts)
-                self.policy.took(drafts, time.perf_counter() - started, self.statistics)
+                self.policy.took(drafts, time.perf_counter() - started)
             self.statistics.warn_if_useless()
             if self.streamer is not None:
                 self.streamer.end()

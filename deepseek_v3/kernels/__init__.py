@@ -5,7 +5,8 @@ Importing this needs torch alone and asks neither the device nor the environment
 
 from .dispatch import BackendRow, BackendTable, backends
 from .e5m6 import pack_e5m6, unpack_e5m6
-from .experts import experts_forward
+from .experts import experts_forward, experts_step, is_step
+from .four_bit import widen_4bit
 from .fp8 import fp8_gemm
 from .fp8_training import retile, swiglu_backward
 from .grouped import grouped_gemm, grouped_wgrad
@@ -23,8 +24,11 @@ from .quantize import (
     quantize_weight,
     transpose_codes,
 )
+from .step import absorb_outputs, absorb_queries, norm_and_write, rope_angles
 
 __all__ = [
+    "absorb_outputs",
+    "absorb_queries",
     "BackendRow",
     "BackendTable",
     "backends",
@@ -32,14 +36,17 @@ __all__ = [
     "dequantize_activation",
     "dequantize_weight",
     "experts_forward",
+    "experts_step",
     "fp8_gemm",
     "gather_pairs",
     "grouped_fp8_gemm",
     "grouped_fp8_wgrad",
     "grouped_gemm",
     "grouped_wgrad",
+    "is_step",
     "join_keys",
     "mla_decode",
+    "norm_and_write",
     "pack_e5m6",
     "quantize_activation",
     "quantize_activation_transposed",
@@ -48,6 +55,7 @@ __all__ = [
     "quantize_weight",
     "retile",
     "rms_norm",
+    "rope_angles",
     "rotate",
     "rotate_queries",
     "route",
@@ -55,5 +63,6 @@ __all__ = [
     "swiglu_backward",
     "unpack_e5m6",
     "transpose_codes",
+    "widen_4bit",
     "write_latents",
 ]

@@ -12,6 +12,7 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 
@@ -27,13 +28,23 @@ OPERATIONS: dict[str, Callable[[torch.device], Reasons]] = {}
 LIBRARY = torch.library.Library("deepseek_v3", "DEF")
 
 
+# What an operation's arguments are where nothing looks on: no fake, sharded or wrapped tensor, no symbolic size.
+_PLAIN = {torch.Tensor, torch.nn.Parameter, torch.dtype, type(None), bool, int, float, str}
+
+# The operations by name. A call of one costs the host a tenth of a call through ``torch.ops``.
+ops = SimpleNamespace()
+
+
 def guarded(function: Callable) -> Callable:
     """``function`` with its first tensor's GPU as the current one: Triton launches on the current device, whatever the
     tensors', and a model spread over several GPUs calls from one thread."""
 
     @functools.wraps(function)
     def run(*arguments):
-        device = next(x.device for x in arguments if isinstance(x, torch.Tensor))
+        first = arguments[0]
+        if not isinstance(first, torch.Tensor):
+            first = next(x for x in arguments if isinstance(x, torch.Tensor))
+        device = first.device
         if device.type != "cuda" or device.index == torch.cuda.current_device():
             return function(*arguments)
         with torch.cuda.device(device):
@@ -42,13 +53,29 @@ def guarded(function: Callable) -> Callable:
     return run
 
 
+def unwatched(arguments: tuple) -> bool:
+    """Whether an operation may run without torch's dispatcher: no compiler, mode, transform or gradient looks on."""
+    return (
+        not torch.compiler.is_dynamo_compiling()
+        and not torch.is_grad_enabled()
+        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._get_tracing_state() is None
+        and _PLAIN.issuperset(map(type, arguments))
+    )
+
+
 def define(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
-    """Register the decorated function as ``torch.ops.deepseek_v3.<name>`` with ``fake`` for shapes alone."""
+    """Register the decorated function as ``torch.ops.deepseek_v3.<name>`` with ``fake`` for shapes alone, and as
+    ``ops.<name>``, which goes to it without the dispatcher where nobody could tell the difference."""
 
     def register(function: Callable) -> Callable:
         name = LIBRARY.define(schema)
-        LIBRARY.impl(name, guarded(function), "CompositeExplicitAutograd")
+        run = guarded(function)
+        LIBRARY.impl(name, run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"deepseek_v3::{name}", fake, lib=LIBRARY)
+        dispatched = getattr(torch.ops.deepseek_v3, name).default
+        setattr(ops, name, lambda *arguments: (run if unwatched(arguments) else dispatched)(*arguments))
         return function
 
     return register
@@ -102,7 +129,10 @@ def requested(operation: str, backend: str) -> tuple[str, str]:
     """The back end asked for and by whom; the argument wins over the environment."""
     if backend != "auto":
         return backend, "argument"
-    for entry in os.environ.get(ENVIRONMENT, "").split(","):
+    narrowed = os.environ.get(ENVIRONMENT)
+    if not narrowed:
+        return "auto", ""
+    for entry in narrowed.split(","):
         name, _, value = entry.strip().rpartition("=")
         if value and name in ("", operation):
             return value, ENVIRONMENT

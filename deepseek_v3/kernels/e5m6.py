@@ -68,7 +68,7 @@ def pack_e5m6(x: torch.Tensor, *, backend: str = "auto") -> tuple[torch.Tensor, 
     """
     if x.dim() != 2 or not x.is_floating_point():
         raise ValueError(f"x must be a floating matrix [M, D], got {x.dtype} {tuple(x.shape)}")
-    return torch.ops.deepseek_v3.pack_e5m6(x, backend)
+    return dispatch.ops.pack_e5m6(x, backend)
 
 
 def unpack_e5m6(
@@ -88,4 +88,4 @@ def unpack_e5m6(
     rows, groups = scale.shape
     if tuple(high.shape) != (rows, 128 * groups) or tuple(low.shape) != (rows, 64 * groups) or width > 128 * groups:
         raise ValueError(f"planes {tuple(high.shape)}, {tuple(low.shape)} do not fit scale {tuple(scale.shape)}")
-    return torch.ops.deepseek_v3.unpack_e5m6(high, low, scale, width, dtype, backend)
+    return dispatch.ops.unpack_e5m6(high, low, scale, width, dtype, backend)

@@ -12,12 +12,15 @@ import torch.nn.functional as F
 
 from . import dispatch
 from .grouped import grouped_gemm
+from .norm import TRITON_DTYPES
 from .permute import combine_pairs, gather_pairs, sort_pairs
 from .reference import experts as reference
 
 OPERATION = "experts_decode"
 # Up to so many pairs an expert on average, the time is that of reading the weights.
 FEW_ROWS = 16
+# Up to so many tokens the shared experts, too, take the time of reading their weights.
+STEP_TOKENS = 64
 
 
 class Experts(Protocol):
@@ -48,7 +51,7 @@ def _decode(hidden, gate_up, down, index, weights, backend):
     reasons = _reasons(hidden.device)
     if any(t.stride(-1) != 1 for t in (hidden, gate_up, down)):
         reasons["triton"] = reasons["triton"] or "a last dimension that is not dense"
-    if hidden.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+    if hidden.dtype not in TRITON_DTYPES:
         reasons["triton"] = reasons["triton"] or f"{hidden.dtype}"
     if dispatch.choose(OPERATION, reasons, backend, hidden.device) == "torch":
         return _decode_reference(hidden, gate_up, down, index, weights)
@@ -72,6 +75,41 @@ def _decode_reference(hidden, gate_up, down, index, weights):
     return reference.combine(y, inverse, offsets, weights, hidden.shape[0])
 
 
+def _step_fake(hidden, gate_up, down, index, weights, shared_gate, shared_up, shared_down, residual, backend):
+    return hidden.new_empty(hidden.shape)
+
+
+@dispatch.define(
+    "experts_step(Tensor hidden, Tensor gate_up, Tensor down, Tensor index, Tensor weights, Tensor shared_gate,"
+    " Tensor shared_up, Tensor shared_down, Tensor residual, str backend) -> Tensor",
+    _step_fake,
+)
+def _step(hidden, gate_up, down, index, weights, shared_gate, shared_up, shared_down, residual, backend):
+    """As `_decode` with the shared experts and the residual in the same launches; one token needs no sort."""
+    reasons = _reasons(hidden.device)
+    if any(t.stride(-1) != 1 for t in (hidden, gate_up, down, shared_gate, shared_up, shared_down)):
+        reasons["triton"] = reasons["triton"] or "a last dimension that is not dense"
+    if (
+        hidden.dtype not in (torch.bfloat16, torch.float16, torch.float32)
+        or shared_gate.stride() != shared_up.stride()
+    ):
+        reasons["triton"] = reasons["triton"] or f"{hidden.dtype}, or shared weights of different layouts"
+    if dispatch.choose(OPERATION, reasons, backend, hidden.device) == "torch":
+        routed = _decode_reference(hidden, gate_up, down, index, weights)
+        shared = F.linear(F.silu(F.linear(hidden, shared_gate)) * F.linear(hidden, shared_up), shared_down)
+        return residual + (routed + shared)
+    from .triton.launch_grouped import experts_step as launch
+    from .triton.launch_permute import combine, sort_pairs
+
+    tokens, pairs, device, dtype = hidden.shape[0], index.numel(), hidden.device, hidden.dtype
+    order, inverse, offsets = (index, index, None) if tokens == 1 else sort_pairs(index, gate_up.shape[0])
+    act = torch.empty(pairs + tokens, max(down.shape[2], shared_down.shape[1]), dtype=dtype, device=device)
+    launch(hidden, gate_up, act, offsets, order, index.shape[1], True, (shared_gate, shared_up), 0, tokens)
+    out = torch.empty(pairs + tokens, hidden.shape[1], dtype=dtype, device=device)
+    launch(act, down, out, offsets, order, 1, False, (shared_down, shared_down), pairs, tokens)
+    return combine(out, inverse, offsets, weights.contiguous(), tokens, gate_up.shape[0], True, residual.contiguous())
+
+
 def _is_silu(act_fn) -> bool:
     return act_fn is F.silu or isinstance(act_fn, torch.nn.SiLU) or type(act_fn).__name__ == "SiLUActivation"
 
@@ -92,6 +130,50 @@ def _as_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return tuple(t.to(dtype) if t.dtype == torch.float32 else t for t in tensors)
+
+
+def is_step(
+    experts: Experts, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, shared: torch.Tensor
+) -> bool:
+    """Whether ``experts_step`` serves these tokens; shared: the shared experts' ``gate_proj`` weight."""
+    gate_up = experts.gate_up_proj
+    few = index.shape[0] <= STEP_TOKENS and not torch.is_autocast_enabled(hidden.device.type)
+    same = shared.dtype == hidden.dtype and weights.shape == index.shape
+    return few and same and _is_decode(hidden, gate_up, experts.down_proj, index, weights, experts.act_fn)
+
+
+def experts_step(
+    experts: Experts,
+    hidden: torch.Tensor,
+    index: torch.Tensor,
+    weights: torch.Tensor,
+    shared: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    residual: torch.Tensor,
+    *,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """``experts_forward`` of a few tokens plus their shared experts plus ``residual``, in three to four launches.
+
+    Args:
+        experts: as ``self`` of ``experts_forward``. hidden: [T, D]. index, weights: [T, K].
+        shared: gate and up [S, D] and down [D, S] of the shared experts, in hidden's dtype.
+        residual: [T, D], hidden's dtype.
+        backend: "auto", "triton" or "torch".
+
+    Returns:
+        [T, D]. No gradient: ask ``is_step`` first.
+
+    Raises:
+        ValueError: shapes that do not fit. RuntimeError: a backend asked for that cannot run here.
+    """
+    gate, up, down = shared
+    if residual.shape != hidden.shape or gate.shape != up.shape or down.shape != gate.shape[::-1]:
+        raise ValueError(
+            f"residual {tuple(residual.shape)} must be {tuple(hidden.shape)}, and the shared experts' gate "
+            f"{tuple(gate.shape)}, up {tuple(up.shape)} and down {tuple(down.shape)} [S, D], [S, D], [D, S]"
+        )
+    arguments = (experts.gate_up_proj, experts.down_proj, index, weights, gate, up, down, residual, backend)
+    return dispatch.ops.experts_step(hidden, *arguments)
 
 
 def experts_forward(
@@ -128,7 +210,7 @@ def experts_forward(
         )
     hidden, gate_up, down = _as_autocast(hidden, self.gate_up_proj, self.down_proj)
     if _is_decode(hidden, gate_up, down, top_k_index, top_k_weights, self.act_fn):
-        out = torch.ops.deepseek_v3.experts_decode(hidden, gate_up, down, top_k_index, top_k_weights, backend)
+        out = dispatch.ops.experts_decode(hidden, gate_up, down, top_k_index, top_k_weights, backend)
         return out.view(hidden_states.shape)
     order, inverse, offsets = sort_pairs(top_k_index, gate_up.shape[0], backend=backend)
     x = gather_pairs(hidden, order, inverse, offsets, backend=backend)

@@ -153,8 +153,8 @@ def fp8_gemm(
     if (out_dtype if out is None else out.dtype) not in OUT_DTYPES:
         raise ValueError(f"the result must be one of {OUT_DTYPES}, not {out_dtype if out is None else out.dtype}")
     if out is None:
-        return torch.ops.deepseek_v3.fp8_gemm(a, a_scale, b, b_scale, out_dtype, backend)
+        return dispatch.ops.fp8_gemm(a, a_scale, b, b_scale, out_dtype, backend)
     if out.shape != (a.shape[0], b.shape[0]) or out.stride(1) != 1:
         raise ValueError(f"out must be [{a.shape[0]}, {b.shape[0]}] with dense rows, got {tuple(out.shape)}")
-    torch.ops.deepseek_v3.fp8_gemm_add_(out, a, a_scale, b, b_scale, backend)
+    dispatch.ops.fp8_gemm_add_(out, a, a_scale, b, b_scale, backend)
     return out

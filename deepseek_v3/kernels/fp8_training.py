@@ -86,7 +86,7 @@ def retile(
         if index is not None and (index.dtype != torch.int32 or index.dim() != 1):
             raise ValueError(f"{name} must be a row of int32, got {index.dtype} {tuple(index.shape)}")
     check_scale_format(scale_fmt)
-    return torch.ops.deepseek_v3.retile(x, scale, rows, offsets, scale_fmt, amax_floor, backend)
+    return dispatch.ops.retile(x, scale, rows, offsets, scale_fmt, amax_floor, backend)
 
 
 def _swiglu_fake(gate_up, scale, grad, weights, backend):
@@ -141,4 +141,4 @@ def swiglu_backward(
         raise ValueError("FP8 codes need a scale [P, ceil(2F / 128)], values none")
     if weights is not None and tuple(weights.shape) != (grad.shape[0],):
         raise ValueError(f"weights {tuple(weights.shape)} must be [{grad.shape[0]}]")
-    return torch.ops.deepseek_v3.swiglu_backward(gate_up, scale, grad, weights, backend)
+    return dispatch.ops.swiglu_backward(gate_up, scale, grad, weights, backend)

@@ -71,12 +71,12 @@ class _GroupedLinear(torch.autograd.Function):
     def forward(ctx, x, w, offsets, transposed, backend):
         ctx.save_for_backward(x, w, offsets)
         ctx.transposed, ctx.backend = transposed, backend
-        return torch.ops.deepseek_v3.grouped_gemm(x, w, offsets, transposed, backend)
+        return dispatch.ops.grouped_gemm(x, w, offsets, transposed, backend)
 
     @staticmethod
     def backward(ctx, dy):
         x, w, offsets = ctx.saved_tensors
-        ops, dy = torch.ops.deepseek_v3, dy.contiguous()
+        ops, dy = dispatch.ops, dy.contiguous()
         dx = dw = None
         if ctx.needs_input_grad[0]:
             dx = ops.grouped_gemm(dy, w, offsets, not ctx.transposed, ctx.backend)
@@ -141,4 +141,4 @@ def grouped_wgrad(
     if dy.dim() != 2 or dy.shape[0] != x.shape[0] or dy.dtype != x.dtype:
         raise ValueError(f"dy {dy.dtype} {tuple(dy.shape)} does not fit x {x.dtype} {tuple(x.shape)}")
     _check(x, offsets, offsets.numel() - 1)
-    return torch.ops.deepseek_v3.grouped_wgrad(dy, x, offsets, dtype, backend)
+    return dispatch.ops.grouped_wgrad(dy, x, offsets, dtype, backend)

@@ -74,7 +74,7 @@ def grouped_fp8_gemm(
     check_operand("w", w, w_scale, ((w.shape[0], math.ceil(w.shape[1] / 128), groups),))
     if offsets.dtype != torch.int32 or offsets.shape != (w.shape[0] + 1,):
         raise ValueError(f"offsets must be int32 [{w.shape[0] + 1}], got {offsets.dtype} {tuple(offsets.shape)}")
-    return torch.ops.deepseek_v3.grouped_fp8_gemm(x, x_scale, w, w_scale, offsets, out_dtype, backend)
+    return dispatch.ops.grouped_fp8_gemm(x, x_scale, w, w_scale, offsets, out_dtype, backend)
 
 
 def _transpose_fake(x, offsets, scale_fmt, amax_floor, backend):
@@ -120,7 +120,7 @@ def quantize_grouped_transposed(
     if x.dim() != 2 or not x.is_floating_point() or offsets.dtype != torch.int32 or offsets.dim() != 1:
         raise ValueError(f"x must be a floating matrix and offsets int32 [E + 1], got {x.dtype} {tuple(x.shape)}")
     check_scale_format(scale_fmt)
-    return torch.ops.deepseek_v3.quantize_grouped_transposed(x, offsets, scale_fmt, amax_floor, backend)
+    return dispatch.ops.quantize_grouped_transposed(x, offsets, scale_fmt, amax_floor, backend)
 
 
 def _grouped_wgrad_fake(dy, dy_scale, x, x_scale, offsets, dtype, backend):
@@ -168,4 +168,4 @@ def grouped_fp8_wgrad(
     check_operand("x", x, x_scale, ((x.shape[0], groups),))
     if dy.shape[1] != groups * 128 or x.shape[1] != groups * 128 or dtype not in OUT_DTYPES:
         raise ValueError(f"dy {tuple(dy.shape)} and x {tuple(x.shape)} must have {groups * 128} columns; {dtype}")
-    return torch.ops.deepseek_v3.grouped_fp8_wgrad(dy, dy_scale, x, x_scale, offsets, dtype, backend)
+    return dispatch.ops.grouped_fp8_wgrad(dy, dy_scale, x, x_scale, offsets, dtype, backend)

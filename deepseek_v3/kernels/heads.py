@@ -93,12 +93,12 @@ class _RotateQueries(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, cos, sin, interleave, backend):
         ctx.angles, ctx.interleave, ctx.backend = (cos, sin), interleave, backend
-        return torch.ops.deepseek_v3.rotate_queries(q, cos, sin, interleave, False, backend)
+        return dispatch.ops.rotate_queries(q, cos, sin, interleave, False, backend)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        back = torch.ops.deepseek_v3.rotate_queries(grad, *ctx.angles, ctx.interleave, True, ctx.backend)
+        back = dispatch.ops.rotate_queries(grad, *ctx.angles, ctx.interleave, True, ctx.backend)
         return back, None, None, None, None
 
 
@@ -106,12 +106,12 @@ class _JoinKeys(torch.autograd.Function):
     @staticmethod
     def forward(ctx, kv, rope, nope, backend):
         ctx.nope, ctx.backend = nope, backend
-        return torch.ops.deepseek_v3.join_keys(kv, rope, nope, backend)
+        return dispatch.ops.join_keys(kv, rope, nope, backend)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_k, grad_v):
-        grads = torch.ops.deepseek_v3.join_keys_backward(grad_k, grad_v, ctx.nope, ctx.backend)
+        grads = dispatch.ops.join_keys_backward(grad_k, grad_v, ctx.nope, ctx.backend)
         return *grads, None, None
 
 

@@ -41,6 +41,9 @@ def _shape_reason(
             return f"{name} {size} is not a power of two from 16 up"
     if not q_latent.numel() or not latent.numel():
         return "an empty tensor"
+    # Within a tile of 64 slots the kernels count in 32 bits.
+    if max(latent.stride(1), rope.stride(1)) >= 1 << 25:
+        return "slots 2**25 elements or more apart; make the cache contiguous"
     return None
 
 
@@ -188,6 +191,6 @@ def mla_decode(
         return reference.mla_decode(
             q_latent, q_rope, latent, rope, scale, lengths, starts, latent_scale, sliding_window
         )
-    return torch.ops.deepseek_v3.mla_decode(
+    return dispatch.ops.mla_decode(
         q_latent, q_rope, latent, rope, scale, lengths, starts, latent_scale, sliding_window, backend
     )

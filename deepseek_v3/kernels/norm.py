@@ -88,7 +88,7 @@ def rms_norm(
     if _wants_gradient(backend, x, weight, residual):
         out, total = reference.rms_norm(x, weight, eps, residual)
     else:
-        out, total = torch.ops.deepseek_v3.rms_norm(x, weight, eps, residual, backend)
+        out, total = dispatch.ops.rms_norm(x, weight, eps, residual, backend)
     return out if residual is None else (out, total)
 
 
@@ -136,7 +136,7 @@ def rotate(
         raise ValueError(f"x {tuple(x.shape)} must be [B, H, T, R] and cos, sin [B, T, R], got {tuple(cos.shape)}")
     if _wants_gradient(backend, x, cos, sin):
         return reference.rotate(x, cos, sin, interleave)
-    return torch.ops.deepseek_v3.rotate(x, cos, sin, interleave, backend).transpose(1, 2)
+    return dispatch.ops.rotate(x, cos, sin, interleave, backend).transpose(1, 2)
 
 
 @dispatch.define(
@@ -145,15 +145,41 @@ def rotate(
     lambda *arguments: None,
 )
 def _write(latent, rope, compressed, weight, eps, cos, sin, slots, interleave, scale, backend):
-    # A card without E4M3 casts has no kernel that quantises.
-    reason = None if scale is None else dispatch.triton_reason(compressed.device, (8, 9))
-    if not _is_triton(compressed, backend, reason) or weight.dtype != compressed.dtype:
+    if not _is_triton(compressed, backend, coding_reason(scale)) or weight.dtype != compressed.dtype:
         reference.write_latents(latent, rope, compressed, weight, eps, cos, sin, slots, interleave, scale)
         return
     from .triton.launch_norm import write_latents as launch
 
     cos, sin = _matching(cos, sin, compressed.shape[0])
     launch(latent, rope, _dense(compressed), weight, eps, cos, sin, slots, interleave, scale)
+
+
+def coding_reason(scale: torch.Tensor | None) -> str | None:
+    """Why no kernel writes codes where their scales are to go: a card may have no casts to E4M3."""
+    return None if scale is None else dispatch.triton_reason(scale.device, (8, 9))
+
+
+def check_write(
+    latent: torch.Tensor,
+    rope: torch.Tensor,
+    compressed: torch.Tensor,
+    slots: torch.Tensor,
+    scale: torch.Tensor | None,
+) -> None:
+    """Refuse new tokens that do not fit the cache they are to be written to."""
+    batch, tokens = compressed.shape[:2]
+    if compressed.shape[2] != latent.shape[2] + rope.shape[2] or latent.shape[:2] != rope.shape[:2]:
+        raise ValueError(f"compressed {tuple(compressed.shape)} does not fit latent {tuple(latent.shape)} and rope "
+                         f"{tuple(rope.shape)}")  # fmt: skip
+    if slots.shape != (batch, tokens) or slots.is_floating_point():
+        raise ValueError(f"slots must be integers [{batch}, {tokens}], got {slots.dtype} {tuple(slots.shape)}")
+    groups = (*latent.shape[:2], -(-latent.shape[2] // reference.SCALE_GROUP))
+    fits = scale is None or (scale.shape == groups and scale.dtype == torch.float32)
+    if not fits or (latent.dtype == torch.float8_e4m3fn) != (scale is not None):
+        given = None if scale is None else (tuple(scale.shape), scale.dtype)
+        raise ValueError(f"scale must be float32 {groups} for a float8_e4m3fn latent, None for others; got {given}")
+    if latent.stride(-1) != 1 or rope.stride(-1) != 1:
+        raise ValueError("the cache's last dimensions must be dense")
 
 
 def write_latents(
@@ -185,22 +211,7 @@ def write_latents(
     Raises:
         ValueError: shapes that do not fit, or a gradient is wanted. RuntimeError: a backend that cannot run here.
     """
-    batch, tokens = compressed.shape[:2]
-    if compressed.shape[2] != latent.shape[2] + rope.shape[2] or latent.shape[:2] != rope.shape[:2]:
-        raise ValueError(f"compressed {tuple(compressed.shape)} does not fit latent {tuple(latent.shape)} and rope "
-                         f"{tuple(rope.shape)}")  # fmt: skip
-    if slots.shape != (batch, tokens) or slots.is_floating_point():
-        raise ValueError(f"slots must be integers [{batch}, {tokens}], got {slots.dtype} {tuple(slots.shape)}")
-    groups = (*latent.shape[:2], -(-latent.shape[2] // reference.SCALE_GROUP))
-    if (latent.dtype == torch.float8_e4m3fn) != (scale is not None) or (
-        scale is not None and (scale.shape != groups or scale.dtype != torch.float32)
-    ):
-        given = None if scale is None else (tuple(scale.shape), scale.dtype)
-        raise ValueError(f"scale must be float32 {groups} for a float8_e4m3fn latent, None for others; got {given}")
-    if latent.stride(-1) != 1 or rope.stride(-1) != 1:
-        raise ValueError("the cache's last dimensions must be dense")
+    check_write(latent, rope, compressed, slots, scale)
     if torch.is_grad_enabled() and (compressed.requires_grad or weight.requires_grad):
         raise ValueError("write_latents has no gradient; call it under torch.no_grad()")
-    torch.ops.deepseek_v3.write_latents_(
-        latent, rope, compressed, weight, eps, cos, sin, slots, interleave, scale, backend
-    )
+    dispatch.ops.write_latents_(latent, rope, compressed, weight, eps, cos, sin, slots, interleave, scale, backend)

@@ -92,14 +92,14 @@ def sort_pairs(
     """
     if index.dim() != 2 or index.is_floating_point() or experts < 1:
         raise ValueError(f"index must be integers [T, K], got {index.dtype} {tuple(index.shape)}; experts {experts}")
-    return torch.ops.deepseek_v3.sort_pairs(index, experts, backend)
+    return dispatch.ops.sort_pairs(index, experts, backend)
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, inverse, offsets, weights, tokens, backend):
         ctx.save_for_backward(y if weights is not None else None, inverse, offsets, weights)
-        return torch.ops.deepseek_v3.combine(y, inverse, offsets, weights, tokens, backend)
+        return dispatch.ops.combine(y, inverse, offsets, weights, tokens, backend)
 
     @staticmethod
     def backward(ctx, grad):
@@ -129,7 +129,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         inverse, offsets = ctx.saved_tensors
-        grad_x = torch.ops.deepseek_v3.combine(grad.contiguous(), inverse, offsets, None, ctx.tokens, ctx.backend)
+        grad_x = dispatch.ops.combine(grad.contiguous(), inverse, offsets, None, ctx.tokens, ctx.backend)
         return grad_x, None, None, None, None
 
 
@@ -203,4 +203,4 @@ def route(
         if dispatch.requested("route", backend)[0] not in ("auto", "torch"):
             raise RuntimeError(f"route on {backend!r} has no gradient; use backend='torch' or torch.no_grad()")
         return reference.route(logits, bias, groups, kept_groups, top_k, normalise, scaling)
-    return torch.ops.deepseek_v3.route(logits, bias, groups, kept_groups, top_k, normalise, scaling, backend)
+    return dispatch.ops.route(logits, bias, groups, kept_groups, top_k, normalise, scaling, backend)

@@ -151,7 +151,7 @@ def quantize_weight(
     _check_matrix("w", w, 2)
     _check_floating("w", w)
     reference.check_scale_format(scale_fmt)
-    return torch.ops.deepseek_v3.quantize_weight(w, *block, scale_fmt, amax_floor, backend)
+    return dispatch.ops.quantize_weight(w, *block, scale_fmt, amax_floor, backend)
 
 
 @dispatch.define(
@@ -190,7 +190,7 @@ def transpose_codes(codes: torch.Tensor, *, backend: str = "auto") -> torch.Tens
     _check_matrix("codes", codes, 2)
     if codes.dtype != torch.float8_e4m3fn:
         raise ValueError(f"codes must be float8_e4m3fn, got {codes.dtype}")
-    return torch.ops.deepseek_v3.transpose_codes(codes, backend)
+    return dispatch.ops.transpose_codes(codes, backend)
 
 
 def dequantize_weight(
@@ -243,7 +243,7 @@ def quantize_activation(
     _check_matrix("x", x, 1)
     _check_floating("x", x)
     reference.check_scale_format(scale_fmt)
-    return _with_scale_view(torch.ops.deepseek_v3.quantize_activation(x, None, group, scale_fmt, amax_floor, backend))
+    return _with_scale_view(dispatch.ops.quantize_activation(x, None, group, scale_fmt, amax_floor, backend))
 
 
 def _with_scale_view(result: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -276,7 +276,7 @@ def quantize_swiglu(
     if gate.shape != up.shape or gate.dtype != up.dtype:
         raise ValueError(f"gate {gate.dtype} {tuple(gate.shape)} and up {up.dtype} {tuple(up.shape)} differ")
     reference.check_scale_format(scale_fmt)
-    return _with_scale_view(torch.ops.deepseek_v3.quantize_activation(gate, up, group, scale_fmt, amax_floor, backend))
+    return _with_scale_view(dispatch.ops.quantize_activation(gate, up, group, scale_fmt, amax_floor, backend))
 
 
 def quantize_activation_transposed(
@@ -304,7 +304,7 @@ def quantize_activation_transposed(
         raise ValueError(f"x must be [tokens, channels], got shape {tuple(x.shape)}")
     _check_floating("x", x)
     reference.check_scale_format(scale_fmt)
-    return torch.ops.deepseek_v3.quantize_activation_transposed(x, group, scale_fmt, amax_floor, backend)
+    return dispatch.ops.quantize_activation_transposed(x, group, scale_fmt, amax_floor, backend)
 
 
 def dequantize_activation(

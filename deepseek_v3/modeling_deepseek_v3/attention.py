@@ -16,12 +16,20 @@ from torch import nn
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..kernels import join_keys, mla_decode, rotate, rotate_queries, write_latents
+from ..kernels import (
+    absorb_outputs,
+    absorb_queries,
+    join_keys,
+    mla_decode,
+    norm_and_write,
+    rotate_queries,
+    write_latents,
+)
 from ..quantization import FP8Linear
 from .cache import LatentCache, joint_latents
 from .cache_layers import Extension
 from .latents import Latents
-from .layers import DeepseekV3RMSNorm
+from .layers import DeepseekV3RMSNorm, is_bare
 from .rope import apply_rope, softmax_scale
 
 # Bytes of expanded keys and values, and of what they are made of, that exist at once where no gradient is asked for.
@@ -129,20 +137,19 @@ def absorbed_attention(
 
 
 def fused_absorbed_attention(
-    query: tuple[torch.Tensor, torch.Tensor],
+    query: torch.Tensor,
+    angles: tuple[torch.Tensor, torch.Tensor],
     latents: Latents,
     weight: torch.Tensor,
     spans: Spans,
     scaling: float,
+    interleave: bool,
 ) -> torch.Tensor:
-    """`absorbed_attention` through the decode kernel: [B, T, H, V], the newest T queries over `spans` of the cache,
-    whose latents are read as they are, [B, S, C] of codes too."""
-    q_nope, q_rope = query
-    heads, nope, rank = q_nope.shape[1], q_nope.shape[3], weight.shape[-1]
-    weight = weight.view(heads, -1, rank)
+    """`absorbed_attention` through the kernels: queries [B, T, H, N + R] that are not rotated yet, the newest T, over
+    `spans` of the cache, whose latents are read as they are, [B, S, C] of codes too, to [B, T, H, V]."""
+    heads, rope = query.shape[2], angles[0].shape[2]
     mixed, _ = mla_decode(
-        _per_head(q_nope, weight[:, :nope]).transpose(1, 2),
-        q_rope.transpose(1, 2),
+        *absorb_queries(query, weight, *angles, interleave=interleave),
         latents.latent,
         latents.rope,
         scale=scaling,
@@ -151,7 +158,7 @@ def fused_absorbed_attention(
         latent_scale=latents.scale,
         sliding_window=spans.window,
     )
-    return _per_head(mixed.transpose(1, 2), weight[:, nope:].transpose(1, 2)).transpose(1, 2)
+    return absorb_outputs(mixed, weight, weight.shape[0] // heads - (query.shape[3] - rope))
 
 
 def spans_of(mask: torch.Tensor | None, queries: int, window: int | None = None) -> Spans | None:
@@ -194,13 +201,6 @@ def _softmax(scores: torch.Tensor, mask: torch.Tensor | None, dtype: torch.dtype
         else:
             scores = scores + mask
     return nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(dtype)
-
-
-def is_bare(norm: nn.Module) -> bool:
-    """Whether a norm may be read as a weight: nothing wraps it, and its weight is on its device."""
-    return (
-        isinstance(norm, DeepseekV3RMSNorm) and not hasattr(norm, "_hf_hook") and not hasattr(norm, "parametrizations")
-    )
 
 
 class DeepseekV3Attention(nn.Module):
@@ -255,7 +255,7 @@ class DeepseekV3Attention(nn.Module):
         Returns:
             [B, T, D], and the attention weights [B, H, T, S] where the back end gives them.
         """
-        if mla_spans is not None and mla_spans.extension is not None and is_bare(self.kv_a_layernorm):
+        if mla_spans is not None and mla_spans.extension is not None and self.lends_norms():
             return self._decode(hidden_states, position_embeddings, past_key_values, mla_spans), None
         query = self._project_query(hidden_states)
         latents = self._latents(self.kv_a_proj_with_mqa(hidden_states), position_embeddings)
@@ -263,11 +263,10 @@ class DeepseekV3Attention(nn.Module):
             latents = past_key_values.update(*latents, self.layer_idx)
         if mla_form == "absorbed":
             joint = joint_latents(past_key_values, self.layer_idx, latents)
-            weight, split = effective_weight(self.kv_b_proj, joint), self._rotated(query, position_embeddings)
             if mla_spans is not None:
-                seen = Latents(joint[..., : self._rank], joint[..., self._rank :])
-                output = fused_absorbed_attention(split, seen, weight, mla_spans, self.scaling)
-                return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), None
+                held = Latents(joint[..., : self._rank], joint[..., self._rank :])
+                return self._absorbed(query.transpose(1, 2), position_embeddings, held, mla_spans), None
+            weight, split = effective_weight(self.kv_b_proj, joint), self._rotated(query, position_embeddings)
             dropout = self.attention_dropout if self.training else 0.0
             output, weights = absorbed_attention(split, joint, weight, attention_mask, self.scaling, dropout)
             shown = weights if self.config._attn_implementation == "eager" else None
@@ -277,30 +276,37 @@ class DeepseekV3Attention(nn.Module):
             output, shown = self._attend_expanded(query, latents, position_embeddings, attention_mask, **kwargs)
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), shown
 
+    def lends_norms(self) -> bool:
+        """Whether the norms inside may be read as weights, as `_decode` does."""
+        norms = (self.q_a_layernorm, self.kv_a_layernorm) if self._low_rank_query else (self.kv_a_layernorm,)
+        return all(is_bare(norm, DeepseekV3RMSNorm) for norm in norms)
+
     def _decode(
         self, hidden_states: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], cache: Any, spans: Spans
     ) -> torch.Tensor:
-        """A few new tokens [B, T, D] over a `LatentCache`: one launch writes their latents to it, one attends."""
+        """A few new tokens [B, T, D] over a `LatentCache`, whose latents a kernel writes to it."""
         assert spans.extension is not None
-        nope, rope, _ = self._split
-        q_nope, q_rope = self._project_query(hidden_states).split((nope, rope), dim=-1)
         held = cache.extend(self.layer_idx, spans.extension)
-        norm = self.kv_a_layernorm
-        write_latents(
-            held.latent,
-            held.rope,
-            self.kv_a_proj_with_mqa(hidden_states),
-            norm.weight,
-            *angles,
-            spans.extension.slots,
-            scale=held.scale,
-            eps=norm.variance_epsilon,
-            interleave=self._interleave,
-        )
-        query = q_nope, rotate(q_rope, *angles, interleave=self._interleave)
-        weight = effective_weight(self.kv_b_proj, hidden_states)
-        output = fused_absorbed_attention(query, held, weight, spans, self.scaling)
-        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1))
+        norm, slots = self.kv_a_layernorm, spans.extension.slots
+        compressed = self.kv_a_proj_with_mqa(hidden_states)
+        new = (held.latent, held.rope, compressed, norm.weight, *angles, slots)
+        options = {"scale": held.scale, "eps": norm.variance_epsilon, "interleave": self._interleave}
+        if self._low_rank_query:
+            low, own = self.q_a_proj(hidden_states), self.q_a_layernorm
+            query = self.q_b_proj(norm_and_write(low, own.weight, *new, low_eps=own.variance_epsilon, **options))
+        else:
+            query = self.q_proj(hidden_states)
+            write_latents(*new, **options)
+        query = query.view(*query.shape[:2], self.num_heads, -1)
+        return self._absorbed(query, angles, held, spans)
+
+    def _absorbed(
+        self, query: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], latents: Latents, spans: Spans
+    ) -> torch.Tensor:
+        """Queries [B, T, H, N + R] over cached latents [B, S, C] and [B, S, R] through the kernels, to [B, T, D]."""
+        weight = effective_weight(self.kv_b_proj, query)
+        output = fused_absorbed_attention(query, angles, latents, weight, spans, self.scaling, self._interleave)
+        return self.o_proj(output.flatten(2))
 
     def _project_query(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[B, T, D] to [B, H, T, N + R], not yet rotated."""

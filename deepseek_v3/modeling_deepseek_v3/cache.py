@@ -29,9 +29,9 @@ class LatentCache(DynamicCache):
         max_cache_len: fixed length in tokens, allocated once and written in place (for `torch.compile` and graphs);
             None for storage that grows.
         offloading: keep each layer on the CPU between its uses (CUDA only).
-        dtype: torch.float8_e4m3fn keeps latents as E4M3 codes with a float32 scale for 128 channels (amax / 448), the
-            rotated keys in the model's dtype: 656 bytes a token and layer for DeepSeek-V3 in BF16. Attention reads
-            what the codes stand for, of the newest token too. None keeps the model's dtype.
+        dtype: torch.float8_e4m3fn keeps latents as E4M3 codes with a float32 scale for 128 channels
+            (amax / 448), the rotated keys in the model's dtype: 656 bytes a token and layer for DeepSeek-V3 in BF16.
+            Attention reads what the codes stand for, of the newest token too. None keeps the model's dtype.
         sliding_window: each token sees so many slots at most, itself included. Storage that grows stops growing at
             about twice that (for rows of different lengths: at what the one furthest behind needs); None for all.
 
@@ -108,8 +108,11 @@ class LatentCache(DynamicCache):
             first = self.first_of_rows()
             return Extension(self._rows.slots - first, self._rows.extent, first=first)
         seen, first = layer.get_seq_length(), layer.get_mask_sizes(tokens)[1]
-        slots = torch.arange(tokens, device=layer.device) + seen - first
-        return Extension(slots.expand(batch, -1), seen + tokens if isinstance(seen, int) else None, first=first)
+        if isinstance(seen, int):
+            slots = torch.arange(seen - first, seen - first + tokens, device=layer.device)
+            return Extension(slots.expand(batch, -1), seen + tokens, first=first)
+        slots = torch.arange(tokens, device=layer.device) + seen
+        return Extension(slots.expand(batch, -1), None)
 
     def extend(self, layer_idx: int, extension: Extension) -> Latents:
         """Count new tokens in a layer; the caller writes them to the slots of the views [B, S, .] it gets.

@@ -5,7 +5,6 @@ a checkpoint without MTP weights gives a model without MTP modules, never one wi
 """
 
 import copy
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -15,12 +14,13 @@ import torch
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 from transformers.integrations.accelerate import load_offloaded_parameter
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, logging
+from transformers.utils import logging
 
 from ..quantization import (
     FP8Config,
     Weights,
     bnb_arguments,
+    check_folder,
     dequantized_state_dict,
     is_fp8,
     keeps_fp8,
@@ -63,34 +63,6 @@ def register_converters(model_types: tuple[str, ...]) -> None:
         register_checkpoint_conversion_mapping(model_type, [*expert_converters()], overwrite=True)
 
 
-def check_index(folder: str) -> None:
-    """Refuse an index that names what is no file of `folder`.
-
-    Raises:
-        ValueError: a name that is not a plain file name.
-        FileNotFoundError: a shard that is not there.
-    """
-    index = os.path.join(folder, SAFE_WEIGHTS_INDEX_NAME)
-    if not os.path.isfile(index):
-        return
-    with open(index, encoding="utf-8") as file:
-        try:
-            weight_map = json.load(file)["weight_map"]
-            shards = sorted(set(weight_map.values()))
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{index} is no checkpoint index ({error!r}); download it again") from error
-    for shard in shards:
-        if not isinstance(shard, str) or os.path.basename(shard) != shard or shard in ("", ".", ".."):
-            raise ValueError(
-                f"{index} names {shard!r}, which is no plain file name inside the folder; do not trust it"
-            )
-        if not os.path.isfile(os.path.join(folder, shard)):
-            tensors = sum(name == shard for name in weight_map.values())
-            raise FileNotFoundError(
-                f"{index} names {shard}, which is missing from {folder} ({tensors} tensors); download that shard again"
-            )
-
-
 class LoadingMixin:
     """`from_pretrained` and `save_pretrained` of every class of this package."""
 
@@ -116,11 +88,15 @@ class LoadingMixin:
                 linears and the routed experts of any of these folders.
 
         Raises:
-            ValueError: an index that leaves its folder; FP8 weights without scales that fit, or of another kind.
-            FileNotFoundError: a shard that is missing.
+            CheckpointError: a `ValueError` that names file, tensor and remedy: damaged files, an index or a link that
+                leaves the folder, a shard that is missing, tensors that contradict the configuration.
+            ValueError: FP8 weights without scales that fit, or of another kind.
         """
         if pretrained_model_name_or_path is not None and os.path.isdir(pretrained_model_name_or_path):
-            check_index(os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
+            folder = os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+            if os.path.isdir(folder) and not kwargs.get("variant"):
+                layers = getattr(kwargs.get("config"), "num_hidden_layers", kwargs.get("num_hidden_layers"))
+                check_folder(folder, layers)
         wanted = requested_config(kwargs.pop("quantization_config", None))
         if wanted is not None and not isinstance(wanted, FP8Config):
             kwargs["quantization_config"] = wanted

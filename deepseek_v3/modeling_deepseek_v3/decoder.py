@@ -11,8 +11,9 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..configuration.layout import is_moe_layer
+from ..kernels import rms_norm
 from .attention import DeepseekV3Attention
-from .layers import DeepseekV3MLP, DeepseekV3RMSNorm
+from .layers import DeepseekV3MLP, DeepseekV3RMSNorm, is_bare, on_kernels
 from .moe import DeepseekV3MoE
 
 # The layer's output, or that and the router's balance loss and load (None from a dense layer).
@@ -57,12 +58,20 @@ class DeepseekV3DecoderLayer(GradientCheckpointingLayer):
             past_key_values=past_key_values,
             **kwargs,
         )
-        hidden_states = hidden_states + attended
-        normed = self.post_attention_layernorm(hidden_states)
+        norm = self.post_attention_layernorm
+        fused = on_kernels(attended) and is_bare(norm, DeepseekV3RMSNorm)
+        if fused:
+            normed, hidden_states = rms_norm(attended, norm.weight, norm.variance_epsilon, residual=hidden_states)
+        else:
+            hidden_states = hidden_states + attended
+            normed = norm(hidden_states)
         if router_statistics and isinstance(self.mlp, DeepseekV3MoE):
             output, balance_loss, load = self.mlp.forward_with_statistics(normed, token_mask)
             return hidden_states + output, balance_loss, load
-        hidden_states = hidden_states + self.mlp(normed)
+        joined = None
+        if fused and is_bare(self.mlp, DeepseekV3MoE):
+            joined = self.mlp.step(normed, hidden_states)
+        hidden_states = hidden_states + self.mlp(normed) if joined is None else joined
         return (hidden_states, None, None) if router_statistics else hidden_states
 
 

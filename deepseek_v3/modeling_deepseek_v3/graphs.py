@@ -17,7 +17,7 @@ from torch import nn
 
 from ..quantization import FP8Experts, FP8Linear
 from ..quantization.linear import multiplies_fp8
-from .attention import DeepseekV3Attention, Spans, is_bare
+from .attention import DeepseekV3Attention, Spans
 from .cache import LatentCache
 from .cache_growing import LatentLayer
 from .cache_layers import Extension
@@ -207,7 +207,7 @@ def _is_capturable(module: nn.Module) -> bool:
     if hasattr(module, "_hf_hook") or module._forward_hooks or module._forward_pre_hooks:
         return False
     if not any(True for _ in module.parameters(recurse=False)) or type(module) in _CAPTURABLE:
-        return not isinstance(module, DeepseekV3Attention) or is_bare(module.kv_a_layernorm)
+        return not isinstance(module, DeepseekV3Attention) or module.lends_norms()
     # Weight-only products ask the device which experts are hit.
     device = next(module.parameters()).device
     return isinstance(module, FP8Linear | FP8Experts) and multiplies_fp8(device, module.compute)

@@ -63,7 +63,8 @@ class DeepseekV3ForCausalLM(DeepseekV3PreTrainedModel, LatentGenerationMixin):
             output_mtp_logits: return `mtp_logits`, depth k of shape [B, T - k, V]; row i predicts token i + k + 1.
             output_mtp_state: return `mtp_state`, which `draft` goes on from.
             kwargs: `output_hidden_states`, `output_attentions`, `output_router_logits`, `num_items_in_batch` (what
-                the losses' sums are divided by, from Trainer), `shift_labels` ([B, T], already moved by one).
+                the losses' sums are divided by, from Trainer), `shift_labels` ([B, T], already moved by one),
+                `token_mask` (as of the base model).
 
         Raises:
             ValueError: as of the base model; labels out of vocabulary or of another shape; MTP logits asked of a
@@ -88,7 +89,8 @@ class DeepseekV3ForCausalLM(DeepseekV3PreTrainedModel, LatentGenerationMixin):
         logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
         states = None
         if self._runs_mtp(learns, output_mtp_logits):
-            states = self._mtp_states(outputs, inputs_embeds, attention_mask, position_ids, seen, output_mtp_logits)
+            masks = (attention_mask, kwargs.get("token_mask"))
+            states = self._mtp_states(outputs, inputs_embeds, masks, position_ids, seen, output_mtp_logits)
         losses = {}
         if learns:
             own = (labels, shift_labels)
@@ -148,7 +150,7 @@ class DeepseekV3ForCausalLM(DeepseekV3PreTrainedModel, LatentGenerationMixin):
         self,
         outputs: DeepseekV3ModelOutput,
         inputs_embeds: Any,
-        attention_mask: torch.Tensor | None,
+        masks: tuple[torch.Tensor | None, torch.Tensor | None],
         position_ids: torch.Tensor | None,
         seen: Any,
         asked: bool,
@@ -157,7 +159,7 @@ class DeepseekV3ForCausalLM(DeepseekV3PreTrainedModel, LatentGenerationMixin):
             if asked:
                 raise ValueError("output_mtp_logits needs the whole sequence in one forward; pass no filled cache")
             return None
-        return mtp_hidden_states(self.model, self._mtp_input(outputs), inputs_embeds, attention_mask, position_ids)
+        return mtp_hidden_states(self.model, self._mtp_input(outputs), inputs_embeds, *masks, position_ids)
 
     def _losses(
         self,

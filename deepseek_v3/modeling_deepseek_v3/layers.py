@@ -14,6 +14,18 @@ def on_kernels(x: torch.Tensor) -> bool:
     return x.is_cuda and not torch.is_grad_enabled() and not is_torchdynamo_compiling()
 
 
+def is_bare(module: nn.Module, kind: type) -> bool:
+    """Whether `module` may be read as its weights: it is a `kind` itself, and nothing wraps, hooks or moves it."""
+    own = module.__dict__
+    return (
+        type(module) is kind
+        and not own["_forward_hooks"]
+        and not own["_forward_pre_hooks"]
+        and "forward" not in own  # accelerate puts its own there
+        and all(type(parameter) is nn.Parameter for parameter in own["_parameters"].values() if parameter is not None)
+    )
+
+
 class DeepseekV3RMSNorm(nn.Module):
     """Root-mean-square norm over the last dimension, computed in float32, weight only."""
 
@@ -45,6 +57,11 @@ class DeepseekV3MLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, width, bias=False)
         self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
         self.act_fn = ACT2FN[config.hidden_act]
+
+    def lends_weights(self) -> bool:
+        """Whether the three matrices may be read instead of calling this."""
+        linears = (self.gate_proj, self.up_proj, self.down_proj)
+        return is_bare(self, DeepseekV3MLP) and all(is_bare(linear, nn.Linear) for linear in linears)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))

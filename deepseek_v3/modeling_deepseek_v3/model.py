@@ -121,6 +121,7 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         router_statistics: bool = False,
+        token_mask: torch.Tensor | None = None,
         mla_form: str | None = None,
         mla_spans: Spans | None = None,
         **kwargs: Any,
@@ -134,6 +135,8 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel):
             past_key_values: any transformers cache; a `LatentCache` is made where `use_cache` and none is given.
             use_cache: return a cache.
             router_statistics: return the balance loss; in training it and the experts' load are always computed.
+            token_mask: [B, T], True for what is no padding, which balance loss and load do not count. For packed rows,
+                which carry no `attention_mask`; with a 2-D one it need not be given.
             mla_form: "expanded" or "absorbed" for this forward; None leaves it to `config.mla_form`.
             mla_spans: what the new tokens see and where they go, instead of a mask: `generate`'s steps, which
                 `past_key_values.graphs` replays.
@@ -158,7 +161,7 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel):
             hidden_states, balance_loss = self.run_layers(
                 embeds,
                 wanted=router_statistics or self.training,
-                token_mask=_token_mask(attention_mask, length),
+                token_mask=_token_mask(attention_mask, length) if token_mask is None else token_mask,
                 position_embeddings=self.rotary_emb(embeds, positions),
                 attention_mask=mask,
                 position_ids=positions,
@@ -232,6 +235,12 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel):
             keys, first = past_key_values.get_mask_sizes(length, layer_idx)
         window = _window(past_key_values, attention_mask, length, keys)
         form = form or choose_form(self.config, length, keys, past_key_values is not None)
+        few = form == "absorbed" and length <= MOST_TOKENS
+        few = few and on_kernels(inputs_embeds) and self.config._attn_implementation != "eager"
+        grows = isinstance(past_key_values, LatentCache) and past_key_values.max_cache_len is None
+        if few and grows and attention_mask is None and length == 1:
+            place = past_key_values.extension(len(inputs_embeds), 1, layer_idx, inputs_embeds.dtype)
+            return form, None, Spans(None, None, place)
         config: Any = self.config
         if form == "absorbed" or window is not None:
             config = copy.copy(config)
@@ -251,8 +260,7 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel):
             layer_idx=layer_idx,
         )
         spans = None
-        few = form == "absorbed" and length <= MOST_TOKENS
-        if few and on_kernels(inputs_embeds) and self.config._attn_implementation != "eager":
+        if few:
             spans = spans_of(mask, length, window)  # type: ignore[arg-type]
         if spans is not None and isinstance(past_key_values, LatentCache):
             place = past_key_values.extension(inputs_embeds.shape[0], length, layer_idx, inputs_embeds.dtype)
@@ -287,6 +295,8 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel):
                 "scaling: attention beyond that length is untrained. Shorten the input, or set rope_scaling (YaRN)"
             )
         if position_ids is None:
+            if isinstance(seen, int):
+                return torch.arange(seen, seen + length, device=device).unsqueeze(0)
             return (torch.arange(length, device=device) + seen).unsqueeze(0)
         if position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch) or position_ids.shape[1] != length:
             raise ValueError(

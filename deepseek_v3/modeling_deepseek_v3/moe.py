@@ -15,9 +15,9 @@ from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
-from ..kernels import route
+from ..kernels import experts_step, is_step, route
 from ..quantization import fuse_official_names
-from .layers import DeepseekV3MLP, on_kernels
+from .layers import DeepseekV3MLP, is_bare, on_kernels
 
 
 class WideProduct(torch.autograd.Function):
@@ -215,12 +215,32 @@ class DeepseekV3MoE(nn.Module):
         (0-d, alpha in it) and the load (tokens per expert [E], float32)."""
         shape = hidden_states.shape
         logits, weights, indices = self.gate(hidden_states)
-        output = self._routed(hidden_states.reshape(-1, shape[-1]), indices, weights).view(shape)
-        if self.shared_experts is not None:
-            output = output + self.shared_experts(hidden_states)
+        output = self._joined(hidden_states, indices, weights)
         if not wanted:
             return output, None, None
         return output, *self._statistics(logits, indices, token_mask, (shape[0], shape[1]))
+
+    def _joined(self, hidden_states: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        shape = hidden_states.shape
+        output = self._routed(hidden_states.reshape(-1, shape[-1]), indices, weights).view(shape)
+        return output if self.shared_experts is None else output + self.shared_experts(hidden_states)
+
+    def step(self, hidden_states: torch.Tensor, residual: torch.Tensor) -> torch.Tensor | None:
+        """`residual + self(hidden_states)` of a few tokens [B, T, D] in a handful of launches; None where `forward`
+        must be called because something wraps what is inside, or the tokens are many."""
+        shared = self.shared_experts
+        experts: Any = self.experts
+        if self.config._experts_implementation != "deepseek_v3" or not is_bare(experts, DeepseekV3Experts):
+            return None
+        if shared is None or experts._is_expert_parallel or not shared.lends_weights():
+            return None
+        tokens = hidden_states.view(-1, hidden_states.shape[-1])
+        weight = shared.gate_proj.weight
+        _, weights, indices = self.gate(hidden_states)
+        if not is_step(experts, tokens, indices, weights, weight):
+            return residual + self._joined(hidden_states, indices, weights)
+        own = (weight, shared.up_proj.weight, shared.down_proj.weight)
+        return experts_step(experts, tokens, indices, weights, own, residual.view_as(tokens)).view_as(residual)
 
     def _routed(self, tokens: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         if not (tokens.requires_grad and tokens.device.type == "cpu"):

@@ -21,6 +21,7 @@ def mtp_hidden_states(
     hidden_states: torch.Tensor,
     inputs_embeds: torch.Tensor,
     attention_mask: torch.Tensor | None,
+    token_mask: torch.Tensor | None,
     position_ids: torch.Tensor | None,
     **kwargs: Any,
 ) -> list[torch.Tensor]:
@@ -31,12 +32,18 @@ def mtp_hidden_states(
         hidden_states: [B, T, D], the main model's state that enters depth 1.
         inputs_embeds: [B, T, D], the tokens' embeddings.
         attention_mask: [B, T] with 0 for padding, or None.
+        token_mask: [B, T], True for what is no padding; None where `attention_mask` tells it.
         position_ids: [B, T] or [1, T], or None for 0 .. T - 1.
 
     Returns:
         One [B, T - k, D] for each depth k, after `shared_head.norm`; fewer where the sequence is too short.
     """
-    length = inputs_embeds.shape[1]
+    batch, length = inputs_embeds.shape[:2]
+    documents = None
+    if position_ids is not None and model.training:
+        documents = _documents(position_ids).expand(batch, -1)
+    if token_mask is None and attention_mask is not None and attention_mask.dim() == 2:
+        token_mask = attention_mask.bool()
     if position_ids is None:
         position_ids = torch.arange(length, device=inputs_embeds.device).unsqueeze(0)  # type: ignore[assignment]
     states = []
@@ -51,7 +58,7 @@ def mtp_hidden_states(
             inputs_embeds[:, depth:],
             _first(attention_mask, rows),
             position_ids[:, :rows],  # type: ignore[index]
-            token_mask=_joined(attention_mask, depth),
+            token_mask=_joined(token_mask, documents, depth),
             **kwargs,
         )
         states.append(normed)
@@ -149,19 +156,26 @@ def depth_labels(labels: torch.Tensor, position_ids: torch.Tensor | None, depth:
     targets = shifted(labels, depth + 1)
     if position_ids is None:
         return targets
-    starts = torch.zeros_like(position_ids)
-    starts[:, 1:] = (position_ids[:, 1:] != position_ids[:, :-1] + 1).to(starts.dtype)
-    document = starts.cumsum(dim=1)
+    document = _documents(position_ids)
     other = document != shifted(document, depth + 1)
     return targets.masked_fill(other.to(targets.device), IGNORE_INDEX)
 
 
-def _joined(attention_mask: torch.Tensor | None, depth: int) -> torch.Tensor | None:
-    """[B, T - depth], True where a row joins two tokens that are no padding: the rows that the experts' load counts,
-    however far the batch is padded. None where the mask does not tell."""
-    if attention_mask is None or attention_mask.dim() != 2:
-        return None
-    return attention_mask[:, :-depth].bool() & attention_mask[:, depth:].bool()
+def _documents(position_ids: torch.Tensor) -> torch.Tensor:
+    """[B, T] position_ids to the number of each token's document."""
+    starts = torch.zeros_like(position_ids)
+    starts[:, 1:] = (position_ids[:, 1:] != position_ids[:, :-1] + 1).to(starts.dtype)
+    return starts.cumsum(dim=1)
+
+
+def _joined(token_mask: torch.Tensor | None, documents: torch.Tensor | None, depth: int) -> torch.Tensor | None:
+    """[B, T - depth], True where a row joins two tokens of one document that are no padding: the rows that the
+    experts' load counts, however a batch is padded or packed. None where every row does."""
+    joined = None if documents is None else documents[:, :-depth] == documents[:, depth:]
+    if token_mask is None:
+        return joined
+    real = token_mask[:, :-depth] & token_mask[:, depth:]
+    return real if joined is None else real & joined
 
 
 def _first(attention_mask: torch.Tensor | None, rows: int) -> torch.Tensor | None:

@@ -13,6 +13,9 @@ import torch
 from torch import nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 
+from ..kernels import rope_angles
+from .layers import on_kernels
+
 
 class DeepseekV3RotaryEmbedding(nn.Module):
     """cos and sin of the positions' angles, [B, T, R] in the dtype of `x`, every RoPE type of transformers."""
@@ -43,6 +46,8 @@ class DeepseekV3RotaryEmbedding(nn.Module):
     @torch.no_grad()
     @dynamic_rope_update
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if on_kernels(x):
+            return rope_angles(position_ids, self.inv_freq, self.attention_scaling, x.dtype)
         angles = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
         angles = torch.cat((angles, angles), dim=-1)  # [B, T, R]
         cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling

@@ -7,6 +7,7 @@ from .bnb_config import bnb_arguments
 from .bnb_experts import BnbExperts, stack_shapes
 from .config import FP8Config, is_fp8, requested_config, requesting
 from .experts import FP8Experts
+from .fitting import check_folder
 from .linear import FP8Linear, keeps_fp8
 from .loading import load_streamed
 from .merging import RoundingReport
@@ -23,6 +24,7 @@ __all__ = [
     "RoundingReport",
     "Weights",
     "bnb_arguments",
+    "check_folder",
     "dequantized_state_dict",
     "fuse_official_names",
     "is_fp8",

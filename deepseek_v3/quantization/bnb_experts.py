@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 
-from ..kernels import combine_pairs, gather_pairs, grouped_gemm, sort_pairs
+from ..kernels import combine_pairs, gather_pairs, grouped_gemm, grouped_wgrad, sort_pairs
 from .bnb_packing import Packing
 
 STACKS = ("gate_up_proj", "down_proj")
@@ -140,11 +141,8 @@ class BnbExperts(nn.Module):
     def widened(self, name: str, dtype: torch.dtype, experts: torch.Tensor | None = None) -> torch.Tensor:
         """The matrices [E, N, K] that are packed, of all experts or of those whose numbers are given."""
         rows, columns = self.shape(name)
-        parts: dict[str, torch.Tensor] = {}
-        for suffix in self.packing.sizes(rows, columns):
-            buffer: Any = self._buffers[f"{name}_{suffix}"]
-            parts[suffix] = buffer if experts is None else buffer.index_select(0, experts)
-        return self.packing.unpack(parts, rows, columns, dtype)
+        parts: Any = {suffix: self._buffers[f"{name}_{suffix}"] for suffix in self.packing.sizes(rows, columns)}
+        return self.packing.unpack(parts, rows, columns, dtype, experts)
 
     def plain(self, config: Any, dtype: torch.dtype) -> nn.Module:
         """The experts with the weights that are packed, in `dtype`, not packed any more."""
@@ -189,9 +187,13 @@ class BnbExperts(nn.Module):
             hit = hit if len(hit) else hit.new_zeros(1)
             return self.widened(name, dtype, hit), torch.cat([offsets[hit], offsets[-1:]])
 
+        adapters = self._adapters(name)
+        factors = [_factors(adapter, rows.dtype) for adapter in adapters if hasattr(adapter, "lhs")]
+        if len(factors) == len(adapters) == 1:
+            return _AdaptedProduct.apply(rows, widen, offsets, *factors[0])  # type: ignore[no-any-return]
         result = _Product.apply(rows, widen)
-        for adapter in self._adapters(name):
-            result = result + _change(adapter, rows, offsets)
+        for adapter in adapters:
+            result = result + grouped_gemm(rows, _delta(adapter).to(rows.dtype), offsets)
         return result
 
     def _adapters(self, name: str) -> list[Any]:
@@ -230,18 +232,20 @@ class BnbExperts(nn.Module):
         return f"experts={self.num_experts}, {self.hidden_dim}, {self.intermediate_dim}, {self.packing.label}"
 
 
-def _change(adapter: Any, rows: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """What one of PEFT's parametrisations of a stack adds to the product with sorted rows [P, K]."""
-    if hasattr(adapter, "lhs"):  # [E, N, r] and [E, r, K]
-        inner = grouped_gemm(rows, adapter.rhs.to(rows.dtype).contiguous(), offsets)
-        return adapter.scaling * grouped_gemm(inner, adapter.lhs.to(rows.dtype).contiguous(), offsets)
-    delta = getattr(adapter, "delta_weight", None)  # several adapters together
+def _factors(adapter: Any, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """B [E, N, r] and A [E, r, K] of PEFT's parametrisation for a single adapter, and the factor of their product."""
+    return adapter.lhs.to(dtype).contiguous(), adapter.rhs.to(dtype).contiguous(), adapter.scaling
+
+
+def _delta(adapter: Any) -> torch.Tensor:
+    """The change [E, N, K] that PEFT's parametrisation for several adapters together holds."""
+    delta: torch.Tensor | None = getattr(adapter, "delta_weight", None)
     if delta is None:
         raise ValueError(
             f"{type(adapter).__name__} changes experts that are packed by bitsandbytes, which only LoRA can adapt. "
             "Load the model without a quantization_config"
         )
-    return grouped_gemm(rows, delta.to(rows.dtype), offsets)
+    return delta
 
 
 class _Product(torch.autograd.Function):
@@ -253,5 +257,41 @@ class _Product(torch.autograd.Function):
         return grouped_gemm(rows, *widen(rows.dtype))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         return grouped_gemm(grad.contiguous(), *ctx.widen(grad.dtype), transposed=True), None
+
+
+class _AdaptedProduct(torch.autograd.Function):
+    """`_Product` plus a low-rank change: x W^T + s (x A^T) B^T. Nothing of a stack's size is made for the change."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        rows: torch.Tensor,
+        widen: Callable,
+        offsets: torch.Tensor,
+        lhs: torch.Tensor,
+        rhs: torch.Tensor,
+        scaling: float,
+    ) -> torch.Tensor:
+        inner = grouped_gemm(rows, rhs, offsets).mul_(scaling)  # [P, r]
+        ctx.save_for_backward(rows, inner, offsets, lhs, rhs)
+        ctx.widen, ctx.scaling = widen, scaling
+        return grouped_gemm(rows, *widen(rows.dtype)).add_(grouped_gemm(inner, lhs, offsets))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        rows, inner, offsets, lhs, rhs = ctx.saved_tensors
+        grad = grad.contiguous()
+        narrow = grouped_gemm(grad, lhs, offsets, transposed=True).mul_(ctx.scaling)  # [P, r]
+        grad_rows = grad_lhs = grad_rhs = None
+        if ctx.needs_input_grad[0]:
+            grad_rows = grouped_gemm(grad, *ctx.widen(grad.dtype), transposed=True)
+            grad_rows.add_(grouped_gemm(narrow, rhs, offsets, transposed=True))
+        if ctx.needs_input_grad[3]:
+            grad_lhs = grouped_wgrad(grad, inner, offsets, dtype=lhs.dtype)
+        if ctx.needs_input_grad[4]:
+            grad_rhs = grouped_wgrad(narrow, rows, offsets, dtype=rhs.dtype)
+        return grad_rows, None, None, grad_lhs, grad_rhs, None

@@ -14,12 +14,11 @@ from typing import Any, Protocol
 import torch
 
 from ..configuration.accounting import NF4_BYTES
+from ..kernels import widen_4bit
 
 BLOCK = 64
 # Of the blocks' absolute maxima, where they are quantised too.
 NESTED_BLOCK = 256
-# bitsandbytes' kernels count the numbers of a call in 32 bits.
-MOST_NUMBERS = 2**30
 
 Parts = dict[str, torch.Tensor]
 Sizes = dict[str, tuple[tuple[int, ...], torch.dtype]]
@@ -37,7 +36,9 @@ class Packing(Protocol):
 
     def pack(self, matrix: torch.Tensor) -> Parts: ...
 
-    def unpack(self, parts: Parts, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor: ...
+    def unpack(
+        self, parts: Parts, rows: int, columns: int, dtype: torch.dtype, chosen: torch.Tensor | None
+    ) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -82,35 +83,30 @@ class FourBit:
             parts |= {"nested_absmax": state.state2.absmax, "offset": state.offset}
         return parts
 
-    def unpack(self, parts: Parts, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
-        """The parts of a stack, [E, ..] each, to [E, N, K]."""
-        codes, absmax, numbers = parts["codes"], self._absmax(parts), rows * columns
-        # A matrix whose last block is not full has to be widened by itself.
-        together = max(1, MOST_NUMBERS // numbers) if numbers % BLOCK == 0 else 1
-        if together >= len(codes):
-            return self._widen(codes, absmax, len(codes) * numbers, dtype).view(-1, rows, columns)
-        result = torch.empty(len(codes), rows, columns, dtype=dtype, device=codes.device)
-        parts_of = (tensor.split(together) for tensor in (result, codes, absmax))
-        for some, some_codes, some_absmax in zip(*parts_of, strict=True):
-            some.copy_(self._widen(some_codes, some_absmax, some.numel(), dtype).view_as(some))
-        return result
+    def unpack(
+        self, parts: Parts, rows: int, columns: int, dtype: torch.dtype, chosen: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The parts of a stack, [E, ..] each, to [E, N, K], or to the chosen ones."""
+        device = parts["codes"].device
+        nested = (parts["nested_absmax"], parts["offset"], _nested_map(device)) if self.nested else None
+        wide = widen_4bit(
+            parts["codes"],
+            parts["absmax"],
+            _table(self.quant_type, device),
+            rows * columns,
+            nested=nested,
+            chosen=chosen,
+            dtype=dtype,
+        )
+        return wide.view(-1, rows, columns)
 
-    def _absmax(self, parts: Parts) -> torch.Tensor:
-        absmax = parts["absmax"]
-        if not self.nested:
-            return absmax
-        scale = parts["nested_absmax"].repeat_interleave(NESTED_BLOCK, dim=1)[:, : absmax.shape[1]]
-        return _nested_map(absmax.device)[absmax.int()] * scale + parts["offset"][:, None]
 
-    def _widen(self, codes: torch.Tensor, absmax: torch.Tensor, numbers: int, dtype: torch.dtype) -> torch.Tensor:
-        from bitsandbytes.functional import QuantState, dequantize_4bit
+@cache
+def _table(quant_type: str, device: torch.device) -> torch.Tensor:
+    """The 16 numbers that codes stand for."""
+    from bitsandbytes.functional import get_4bit_type
 
-        known = dtype if dtype in (torch.bfloat16, torch.float16, torch.float32) else torch.float32
-        # As one row: on the CPU, rows that end within a block are widened wrongly.
-        shape = torch.Size((1, numbers))
-        state = QuantState(absmax.flatten(), shape=shape, dtype=known, blocksize=BLOCK, quant_type=self.quant_type)
-        result: torch.Tensor = dequantize_4bit(codes.reshape(-1, 1), state)
-        return result.view(-1).to(dtype)
+    return get_4bit_type(quant_type, device=device)  # type: ignore[no-any-return]
 
 
 @cache
@@ -142,9 +138,13 @@ class EightBit:
         factor = 127 / torch.where(absmax > 0, absmax, 1)
         return {"codes": (wide * factor[:, None]).round().to(torch.int8), "absmax": absmax}
 
-    def unpack(self, parts: Parts, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
-        """The parts of a stack, [E, ..] each, to [E, N, K]: a float32 product, rounded once to the dtype."""
+    def unpack(
+        self, parts: Parts, rows: int, columns: int, dtype: torch.dtype, chosen: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The parts of a stack to [E, N, K], or to the chosen ones: a float32 product, rounded once to the dtype."""
         codes, scale = parts["codes"], parts["absmax"] / 127
+        if chosen is not None:
+            codes, scale = codes.index_select(0, chosen), scale.index_select(0, chosen)
         return torch.mul(codes, scale[..., None], out=torch.empty(codes.shape, dtype=dtype, device=codes.device))
 
 

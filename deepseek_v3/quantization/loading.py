@@ -21,6 +21,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from .bnb_experts import BnbExperts
 from .bnb_quantizer import PacksExperts, pack
 from .config import FP8Config, request
+from .fitting import check_fit
 from .quantizer import DeepseekFP8Quantizer
 from .stored import SCALE_SUFFIX, CheckpointTensors, Deferred, DequantizedTensor, StoredTensor
 
@@ -50,7 +51,7 @@ class FuseExperts(ConversionOps):
     ) -> dict[str, torch.Tensor]:
         try:
             parts = [input_dict.pop(pattern, []) for pattern in source_patterns]
-            fused = _fuse(full_layer_name, parts, source_patterns, model.get_parameter_or_buffer(full_layer_name))
+            fused = _fuse(parts, model.get_parameter_or_buffer(full_layer_name))
         except ValueError as error:
             self.errors.append(error)
             raise
@@ -76,8 +77,7 @@ class PackExperts(FuseExperts):
             return super().convert(input_dict, source_patterns, target_patterns, full_layer_name, model, **kwargs)
         try:
             parts = [input_dict.pop(pattern, []) for pattern in source_patterns]
-            rows, columns = _part_shape(full_layer_name, parts, source_patterns, getattr(experts, name))
-            pack(experts, name, parts[0][0].device, Rows(parts, [rows, columns]))
+            pack(experts, name, parts[0][0].device, Rows(parts, _part_shape(parts, getattr(experts, name))))
         except ValueError as error:
             self.errors.append(error)
             raise
@@ -92,37 +92,23 @@ class Rows:
         self.parts, self.shape = parts, shape
 
     def __getitem__(self, expert: int) -> torch.Tensor:
-        return torch.cat([_read(tensors[expert], self.shape) for tensors in self.parts])
+        return torch.cat([tensors[expert].read() for tensors in self.parts])
 
 
-def _part_shape(name: str, parts: list[list[Deferred]], patterns: list[str], like: torch.Tensor) -> tuple[int, int]:
-    """Rows and columns of one expert's tensor of each part."""
-    experts = like.shape[0]
-    for tensors, pattern in zip(parts, patterns, strict=True):
-        if len(tensors) != experts:
-            raise ValueError(
-                f"{name} needs {experts} tensors {pattern} and the checkpoint holds {len(tensors)}. Download the "
-                "missing shard, or correct n_routed_experts in config.json"
-            )
-    return like.shape[1] // len(parts), like.shape[2]
+def _part_shape(parts: list[list[Deferred]], like: torch.Tensor) -> list[int]:
+    """Rows and columns of one expert's tensor of each part; `check_fit` has seen that all are there."""
+    return [like.shape[1] // len(parts), like.shape[2]]
 
 
-def _read(tensor: Deferred, shape: list[int]) -> torch.Tensor:
-    if tensor.get_shape() != shape:
-        raise ValueError(f"{tensor.stored.name} has shape {tensor.get_shape()}, config.json says {shape}")
-    return tensor.read()
-
-
-def _fuse(name: str, parts: list[list[Deferred]], patterns: list[str], like: torch.Tensor) -> torch.Tensor:
-    rows, columns = _part_shape(name, parts, patterns, like)
+def _fuse(parts: list[list[Deferred]], like: torch.Tensor) -> torch.Tensor:
+    rows, _ = _part_shape(parts, like)
     first = parts[0][0]
     dtype = torch.float32 if first.stored.name.endswith(SCALE_SUFFIX) else first.dtype
     with torch.inference_mode(False):  # which threads would not be in, and could not write to what it makes
         fused = torch.empty(like.shape, dtype=dtype or _TORCH_DTYPES[first.get_dtype()], device=first.device)
 
     def place(part: int, expert: int) -> None:
-        values = _read(parts[part][expert], [rows, columns])
-        fused[expert, part * rows : (part + 1) * rows].copy_(values)
+        fused[expert, part * rows : (part + 1) * rows].copy_(parts[part][expert].read())
 
     with ThreadPoolExecutor(_READERS) as pool:
         jobs = [pool.submit(place, part, expert) for part in range(len(parts)) for expert in range(like.shape[0])]
@@ -166,13 +152,14 @@ def load_streamed(
 
     Raises:
         ValueError: FP8 weights that config.json does not announce, that do not come from safetensors files, or that
-            are to be spread over devices by a parallel plan; experts that are missing; FP8 asked of BF16 files.
+            are to be spread over devices by a parallel plan; tensors that do not fit the model; FP8 asked of BF16
+            files.
     """
     quantizer, wanted = load_config.hf_quantizer, request()
     fp8 = isinstance(quantizer, DeepseekFP8Quantizer)
     if wanted is not None and wanted.keep and not (fp8 and quantizer.codes):
         raise ValueError(
-            "FP8Config(keep=True): the checkpoint holds no FP8 weights. Write one that does with "
+            "FP8Config(keep=True): the checkpoint holds no FP8 weights that its config.json announces. Write one with "
             "save_pretrained(folder, quantize='fp8'), or load it without"
         )
     safetensors = state_dict is None and bool(files) and files[0].endswith(".safetensors")  # type: ignore[index]
@@ -191,6 +178,7 @@ def load_streamed(
             f"{min(codes)} and {len(codes) - 1} other weights are FP8 and config.json has no quantization_config. "
             f"Add this to it: {json.dumps(FP8Config().to_dict())}"
         )
+    check_fit(model, checkpoint, resize=load_config.ignore_mismatched_sizes)
     errors: list[ValueError] = []
     fuse = PackExperts(errors) if packs else FuseExperts(errors)
     tensors, load_config = _streamed(checkpoint, codes, load_config, fuse)

@@ -164,14 +164,15 @@ def _owner(name: str) -> str:
 def _experts_are_fp8(name: str, experts: int, codes: set[str]) -> bool:
     if f"{name}.gate_up_proj" in codes and f"{name}.down_proj" in codes:
         return True
-    parts = ("gate_proj", "up_proj", "down_proj")
-    missing = [m for e in range(experts) for p in parts if (m := f"{name}.{e}.{p}.weight") not in codes]
-    if missing and len(missing) < experts * len(parts):
+    names = (f"{name}.{e}.{p}.weight" for e in range(experts) for p in ("gate_proj", "up_proj", "down_proj"))
+    # The first one that is missing ends the search: `experts` is config.json's word, and may be anything.
+    missing = next((weight for weight in names if weight not in codes), None)
+    if missing and any(code.startswith(f"{name}.") for code in codes):
         raise ValueError(
-            f"{missing[0]} holds no FP8 codes although other experts of its layer do. Load the checkpoint with "
+            f"{missing} holds no FP8 codes although other experts of its layer do. Load the checkpoint with "
             "quantization_config=FP8Config(keep=False)"
         )
-    return not missing
+    return missing is None
 
 
 def dequantized_state_dict(model: Any, state_dict: Any) -> Any:

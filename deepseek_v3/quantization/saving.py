@@ -10,7 +10,6 @@ Letters: E routed experts, F expert width.
 """
 
 import copy
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -23,7 +22,9 @@ from torch.distributed.tensor import DTensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, hub, logging
 
 from ..configuration.layout import official_tensors, scale_shape
+from ..conversion.errors import CheckpointError
 from ..conversion.header import ITEM_BYTES, build_header
+from ..conversion.reader import open_weights
 from ..conversion.steps import Entry, Item, pack, shard_file
 from ..conversion.writer import atomic_file, write_all, write_json
 from ..kernels import dequantize_weight, quantize_weight
@@ -296,7 +297,10 @@ class _Original:
     """The checkpoint that a model came from, to tell which weights training left alone."""
 
     def __init__(self, folder: str, scale_fmt: str | None) -> None:
-        self.tensors = CheckpointTensors(checkpoint_files(folder))
+        found = open_weights(Path(folder))
+        if found is None:
+            raise CheckpointError("holds no safetensors", file=folder, remedy="give the FP8 checkpoint as `original`")
+        self.tensors = CheckpointTensors([os.path.join(folder, name) for name in found.files])
         self.names = self.tensors.fp8_weights()
         if not self.names:
             self.tensors.close()
@@ -322,21 +326,3 @@ class _Original:
         pair = _quantize(name, weight, self.scale_fmt)
         self.report.add(name, before, weight, dequantize_weight(*pair, dtype=torch.float32))
         return pair
-
-
-def checkpoint_files(folder: str) -> list[str]:
-    """The safetensors files of a checkpoint's folder, by its index where there is one.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
-    index = os.path.join(folder, SAFE_WEIGHTS_INDEX_NAME)
-    names = [SAFE_WEIGHTS_NAME]
-    if os.path.isfile(index):
-        with open(index, encoding="utf-8") as file:
-            names = sorted({os.path.basename(name) for name in json.load(file)["weight_map"].values()})
-    paths = [os.path.join(folder, name) for name in names]
-    for path in paths:
-        if not os.path.isfile(path):
-            raise FileNotFoundError(f"{path} is missing; give the folder of the FP8 checkpoint as `original`")
-    return paths

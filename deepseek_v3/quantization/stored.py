@@ -13,12 +13,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..configuration.layout import scale_shape
+from ..conversion.errors import CheckpointError
+from ..conversion.header import read_header
 from ..kernels import dequantize_weight
 
 SCALE_SUFFIX = "_scale_inv"
 FP8, FP8_NAME = torch.float8_e4m3fn, "F8_E4M3"
 _SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0")
-_REMEDY = "Download the file again, or convert the checkpoint anew"
+_AGAIN = "download the file again, or convert the checkpoint anew"
+_REMEDY = f"{_AGAIN[0].upper()}{_AGAIN[1:]}"
 
 
 class CheckpointTensors:
@@ -28,7 +31,7 @@ class CheckpointTensors:
         files: paths of the files.
 
     Raises:
-        ValueError: a file that is no safetensors file.
+        CheckpointError: a file that is no sound safetensors file; a tensor that stands in two of them.
     """
 
     def __init__(self, files: list[str]) -> None:
@@ -36,19 +39,33 @@ class CheckpointTensors:
         self._slices: dict[str, Any] = {}
         self._files: dict[str, str] = {}
         for file in files:
+            here = os.path.basename(file)
             try:
+                # The library says neither which tensor nor what to do, and would wait for a pipe.
+                names = read_header(file).tensors
                 handle = self._stack.enter_context(safe_open(file, framework="pt", device="cpu", backend="pread"))
             except SafetensorError as error:
                 self.close()
-                raise ValueError(f"{file} is no whole safetensors file ({error}). {_REMEDY}") from error
-            for name in handle.keys():
-                self._slices[name], self._files[name] = handle.get_slice(name), os.path.basename(file)
+                raise CheckpointError(f"is no safetensors file ({error})", file=file, remedy=_AGAIN) from error
+            except CheckpointError:
+                self.close()
+                raise
+            for name in names:
+                if name in self._files:
+                    self.close()
+                    problem = f"stands in {self._files[name]} as well"
+                    raise CheckpointError(problem, file=file, tensor=name, remedy="remove one of the two")
+                self._slices[name], self._files[name] = handle.get_slice(name), here
 
     def __iter__(self) -> Any:
         return iter(self._slices)
 
     def __contains__(self, name: str) -> bool:
         return name in self._slices
+
+    def file(self, name: str) -> str:
+        """The name of the file that holds the tensor."""
+        return self._files[name]
 
     def dtype(self, name: str) -> str:
         """The dtype as safetensors spells it, "F8_E4M3" for codes."""
@@ -111,7 +128,8 @@ def read_scale(tensors: CheckpointTensors, name: str) -> torch.Tensor:
     """
     scale = tensors.read(name).float()
     if not bool((scale.isfinite() & (scale > 0)).all()):
-        raise ValueError(f"{name} holds a scale that is not finite and positive. {_REMEDY}")
+        here = tensors.file(name)
+        raise ValueError(f"{name} ({here}) holds a scale that is not finite and positive. {_REMEDY}")
     return scale
 
 

@@ -32,29 +32,29 @@ def _all_reduce(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def update_router_bias(model: nn.Module, rate: float) -> list[torch.Tensor | None]:
+def update_router_bias(model: nn.Module, rate: float) -> list[torch.Tensor]:
     """bias += rate * sign(mean load - load) in every router, from the load counted since the last call.
 
-    Every rank must call this; each sees the sum over all ranks and makes the same update.
+    Every rank must call this; each sees the sum over all ranks and makes the same update. Nothing is read back from
+    the device: a router that saw no token has a load of zeros, whose sign moves nothing.
 
     Args:
         model: anything that holds `DeepseekV3TopkRouter`s.
         rate: gamma; 0 counts without moving anything.
 
     Returns:
-        Tokens per expert of each router, [E] float32 over all ranks; None for a router that saw no token anywhere.
+        Tokens per expert of each router, [E] float32 over all ranks.
     """
-    loads: list[torch.Tensor | None] = []
+    loads: list[torch.Tensor] = []
     for router in routers_of(model):
         bias = router.e_score_correction_bias
         load = router.expert_load
         # A rank without tokens still takes part in the reduction.
         load = _all_reduce(torch.zeros_like(bias) if load is None else load.to(bias.device))
         router.expert_load = None
-        seen = bool(load.sum() > 0)
-        if seen and rate:
+        if rate:
             bias.add_(torch.sign(load.mean() - load).to(bias.dtype), alpha=rate)
-        loads.append(load if seen else None)
+        loads.append(load)
     return loads
 
 
@@ -114,7 +114,7 @@ class RouterBalanceCallback(TrainerCallback, ExportableState):
         self.update_rate = update_rate
         self.router_bias: list[list[float]] | None = None
         self._routers: list[DeepseekV3TopkRouter] = []
-        self._loads: list[torch.Tensor | None] = []
+        self._loads: list[torch.Tensor] = []
         self._steps = 0
 
     def state(self) -> dict[str, Any]:
@@ -147,7 +147,7 @@ class RouterBalanceCallback(TrainerCallback, ExportableState):
     def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         rate = model.config.router_bias_update_rate if self.update_rate is None else self.update_rate
         loads = update_router_bias(model, rate)
-        self._loads = [_add(old, new) for old, new in zip(self._loads or [None] * len(loads), loads, strict=True)]
+        self._loads = [a + b for a, b in zip(self._loads, loads, strict=True)] if self._loads else loads
         self._steps += 1
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, model: Any = None, **kwargs: Any) -> None:
@@ -156,7 +156,7 @@ class RouterBalanceCallback(TrainerCallback, ExportableState):
         scalars = {**self._mean_losses(model), **self._balance(model)}
         logs.update(scalars)
         state.log_history[-1].update(scalars)
-        shares = [None if load is None else (load / load.sum()).tolist() for load in self._loads]
+        shares = [(load / load.sum()).tolist() if load.any() else None for load in self._loads]
         state.log_history[-1]["expert_load"] = shares
         state.log_history[-1]["router_bias"] = [r.e_score_correction_bias.tolist() for r in routers_of(model)]
         self._loads, self._steps = [], 0
@@ -172,14 +172,8 @@ class RouterBalanceCallback(TrainerCallback, ExportableState):
         return {name: float(_all_reduce(value)) / (1 if summed else ranks) for name, value in means.items()}
 
     def _balance(self, model: nn.Module) -> dict[str, float]:
-        ratios = [float(load.max() / load.mean()) for load in self._loads if load is not None]
+        ratios = [float(load.max() / load.mean()) for load in self._loads if load.any()]
         if not ratios:
             return {}
         ranges = [float(r.e_score_correction_bias.max() - r.e_score_correction_bias.min()) for r in routers_of(model)]
         return {"max_vio": sum(ratios) / len(ratios) - 1, "max_load": max(ratios), "bias_range": max(ranges)}
-
-
-def _add(old: torch.Tensor | None, new: torch.Tensor | None) -> torch.Tensor | None:
-    if old is None or new is None:
-        return old if new is None else new
-    return old + new

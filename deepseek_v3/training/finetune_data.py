@@ -262,7 +262,8 @@ def _is_learnt(row: Encoded) -> bool:
 class PaddingCollator:
     """Rows to a batch of tensors [B, T], padded on the right to the longest.
 
-    Packed rows carry no mask, by which transformers recognises documents; their padding is a document of its own.
+    Packed rows carry no attention mask, by which transformers recognises documents; their padding is a document of its
+    own, and `token_mask` keeps it out of the experts' balance.
 
     Attributes:
         pad_token_id: what is written there.
@@ -280,6 +281,6 @@ class PaddingCollator:
         }
         names = [name for name in fills if name in rows[0]]
         padded = {n: [r[n] + fills[n](m) for r, m in zip(rows, missing, strict=True)] for n in names}
-        if "position_ids" not in names:
-            padded["attention_mask"] = [[1] * (longest - m) + [0] * m for m in missing]
-        return {name: torch.tensor(values) for name, values in padded.items()}
+        batch = {name: torch.tensor(values) for name, values in padded.items()}
+        real = torch.arange(longest) < longest - torch.tensor(missing)[:, None]
+        return batch | ({"token_mask": real} if "position_ids" in names else {"attention_mask": real.long()})

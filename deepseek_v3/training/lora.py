@@ -21,11 +21,11 @@ def lora_target_modules(config: Any, preset: str = "attention") -> dict[str, Any
     """Targets for a plain `peft.LoraConfig`: `LoraConfig(r=16, **lora_target_modules(model.config, "all"))`.
 
     MTP modules are adapted with the layers. Where `target_parameters` is not empty, PEFT allows neither dropout nor
-    DoRA. Merging into FP8 codes or packed experts is refused: call `model.dequantize()` first.
+    DoRA. Merging into FP8 codes or packed experts is refused: call `model.dequantize()` first. Over a 4-bit or 8-bit
+    base PEFT takes no second adapter with "all": for several, join "attention" and "experts".
 
     Args:
-        config: of the model. With a bitsandbytes `quantization_config` in it the dense and the shared MLPs are left
-            out, since PEFT can add to a packed linear as a module only.
+        config: of the model.
         preset: "attention": every projection of the latent attention. "experts": the routed experts. "all": both, the
             dense and the shared MLPs, and the projection that MTP modules join their inputs with.
 
@@ -49,11 +49,10 @@ def lora_target_modules(config: Any, preset: str = "attention") -> dict[str, Any
                 f"(first_k_dense_replace = {config.first_k_dense_replace}). Choose 'attention' or 'all'"
             )
         return {"target_modules": [], "target_parameters": list(_EXPERTS)}
-    parameters = list(_EXPERTS) if any(moe) else []
-    if not _is_packed(config):
-        owners = ["mlp"] if not all(moe) else []
-        owners += ["mlp.shared_experts"] if any(moe) and config.n_shared_experts else []
-        parameters += [f"{owner}.{name}.weight" for owner in owners for name in _MLP]
+    owners = ["mlp"] if not all(moe) else []
+    owners += ["mlp.shared_experts"] if any(moe) and config.n_shared_experts else []
+    parameters = [f"{owner}.{name}.weight" for owner in owners for name in _MLP]
+    parameters += _EXPERTS if any(moe) else []
     joins = ["eh_proj"] if config.num_nextn_predict_layers else []
     return {"target_modules": attention + joins, "target_parameters": parameters}
 
@@ -89,13 +88,3 @@ def named_targets(model: nn.Module, names: Sequence[str]) -> dict[str, Any]:
 
 def _layers(config: Any) -> int:
     return config.num_hidden_layers + (config.num_nextn_predict_layers or 0)
-
-
-def _is_packed(config: Any) -> bool:
-    """Whether bitsandbytes holds the linears."""
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is None:
-        return False
-    values = quantization if isinstance(quantization, dict) else quantization.to_dict()
-    method = values.get("quant_method")
-    return str(getattr(method, "value", method)).startswith("bitsandbytes")

@@ -50,8 +50,8 @@ def read_all(folder):
 
 
 def snapshot(folder):
-    """File name -> bytes."""
-    return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
+    """File name -> bytes, without the note that tells a finished conversion from another one."""
+    return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir()) if path.name != ".converted.json"}
 
 
 def edit_header(path, change):

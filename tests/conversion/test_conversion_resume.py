@@ -126,9 +126,22 @@ def test_resume_of_what_is_finished_and_of_what_is_not_ours(made, copy, tmp_path
         convert(made / "fp8", out, "bf16", workers=0)
     assert convert(made / "fp8", out, "bf16", workers=0, resume=True).resumed == 4
     assert snapshot(out) == whole
-    with pytest.raises(CheckpointError, match="no interrupted conversion"):
+    with pytest.raises(CheckpointError, match="result of another conversion"):
         convert(made / "ue8m0", out, "bf16", workers=0, resume=True)
     assert snapshot(out) == whole
+
+
+def test_the_finished_result_of_another_source_or_option_is_not_taken_for_this_one(made, tmp_path):
+    """Same names, shapes and files, as V3 and R1 have them: headers alone cannot tell them apart."""
+    write_checkpoint(CONFIG, tmp_path / "relative", shards=4, seed=5)
+    convert(made / "fp8", tmp_path / "a", "bf16", workers=0)
+    convert(made / "bf16", tmp_path / "b", "fp8", workers=0)
+    whole = [snapshot(tmp_path / name) for name in "ab"]
+    with pytest.raises(CheckpointError, match="result of another conversion.*--overwrite"):
+        convert(tmp_path / "relative", tmp_path / "a", "bf16", workers=0, resume=True)
+    with pytest.raises(CheckpointError, match="result of another conversion"):
+        convert(made / "bf16", tmp_path / "b", "fp8", scale_fmt="ue8m0", workers=0, resume=True)
+    assert [snapshot(tmp_path / name) for name in "ab"] == whole
 
 
 def test_a_changed_source_is_not_mixed_with_the_old_one(made, copy, tmp_path):

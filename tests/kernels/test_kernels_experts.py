@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from deepseek_v3.kernels import (
     combine_pairs,
     experts_forward,
+    experts_step,
     gather_pairs,
     grouped_gemm,
     grouped_wgrad,
+    is_step,
     route,
     sort_pairs,
 )
@@ -300,3 +302,37 @@ def small_forward(tokens, backend="auto"):
 def test_mistakes_are_named(call, words):
     with pytest.raises(ValueError, match=words):
         call()
+
+
+@pytest.mark.parametrize("tokens, experts, top_k", [(1, 6, 2), (1, 2, 2), (5, 6, 2), (19, 3, 2)])
+@pytest.mark.parametrize("shared_width", [24, 40])
+def test_a_step_adds_shared_experts_and_residual(target, tokens, experts, top_k, shared_width):
+    """Against a float64 sum over each token's experts; an expert past the last one adds nothing."""
+    hidden, width = 48, 32
+    shapes = {"x": (tokens, hidden), "residual": (tokens, hidden), "gate_up": (experts, 2 * width, hidden)}
+    shapes |= {"down": (experts, hidden, width), "gate": (shared_width, hidden), "up": (shared_width, hidden)}
+    shapes |= {"shared_down": (hidden, shared_width)}
+    t = {name: (torch.randn(shape) / 4).to(target.dtype) for name, shape in shapes.items()}
+    index = torch.stack([torch.randperm(experts + 1)[:top_k] for _ in range(tokens)])
+    weights = torch.rand(tokens, top_k)
+    wide = {name: value.double() for name, value in t.items()}
+    truth = wide["residual"].clone()
+    for row in range(tokens):
+        x = wide["x"][row]
+        for e, weight in zip(index[row].tolist(), weights[row].double(), strict=True):
+            if e < experts:
+                gate, up = (wide["gate_up"][e] @ x).chunk(2)
+                truth[row] += weight * (wide["down"][e] @ (torch.nn.functional.silu(gate) * up))
+        act = torch.nn.functional.silu(wide["gate"] @ x) * (wide["up"] @ x)
+        truth[row] += wide["shared_down"] @ act
+    given = {name: value.to(target.device) for name, value in t.items()}
+    module = SimpleNamespace(gate_up_proj=given["gate_up"], down_proj=given["down"], act_fn=torch.nn.functional.silu)
+    index, weights = index.to(target.device), weights.to(target.device)
+    few = tokens * top_k <= 16 * experts
+    assert is_step(module, given["x"], index, weights, given["gate"]) == few
+    own = given["gate"], given["up"], given["shared_down"]
+    with torch.no_grad():
+        got = experts_step(module, given["x"], index, weights, own, given["residual"], backend=target.backend)
+    assert got.dtype == target.dtype and got.isfinite().all()
+    bound = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}[target.dtype]
+    assert (got.cpu().double() - truth).norm() / truth.norm() < bound

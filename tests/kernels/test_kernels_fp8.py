@@ -63,8 +63,9 @@ def assert_close(got, truth, dtype):
 @pytest.mark.parametrize("rows, width", [(1, 1), (3, 127), (63, 128), (129, 576), (17, 200)])
 def test_activation_quantisers_agree_bit_for_bit(target, rows, width, scale_fmt):
     x = rough(rows, width + 5).to(target.dtype)[:, :width]
-    x[0] = 0
+    x[0] = -0.0
     if rows > 16:
+        x[5] *= 2.0**-125
         x[4, 3], x[7, 2] = math.nan, math.inf
     for quantise in (quantize_activation, quantize_activation_transposed):
         expected = quantise(x, scale_fmt=scale_fmt, backend="torch")
@@ -86,6 +87,7 @@ def test_activation_scales_keep_leading_dimensions(target):
 @pytest.mark.parametrize("shape", [(1, 1), (576, 130), (3, 129, 257)])
 def test_weight_quantisers_agree_bit_for_bit(target, shape, scale_fmt):
     w = (torch.randn(shape) * torch.logspace(-3, 2, shape[-1])).to(target.dtype).transpose(-1, -2)
+    w[..., ::7] *= -0.0
     expected = quantize_weight(w, scale_fmt=scale_fmt, backend="torch")
     got = quantize_weight(w.to(target.device), scale_fmt=scale_fmt, backend=target.backend)
     assert torch.equal(bits(got[0]), bits(expected[0])) and torch.equal(got[1].cpu(), expected[1])

@@ -9,6 +9,7 @@ import torch
 
 from deepseek_v3 import kernels
 from deepseek_v3.kernels import dispatch, mla_decode, quantize_activation
+from deepseek_v3.kernels.mla import _shape_reason
 
 
 def truth(q_latent, q_rope, latent, rope, scale, lengths, starts, window):
@@ -391,6 +392,15 @@ def test_a_back_end_that_cannot_run_says_why(monkeypatch):
     with pytest.raises(RuntimeError, match="DEEPSEEK_V3_KERNELS"):
         mla_decode(*inputs, scale=1.0)
     assert mla_decode(*inputs, scale=1.0, backend="torch")[0].isfinite().all()
+
+
+def test_slots_too_far_apart_for_32_bits_are_refused():
+    def reason(stride):
+        latent, rope = (torch.empty_strided((2, 4, n), (n, stride, 1), device="meta") for n in (512, 64))
+        q = torch.empty(2, 1, 16, 512, dtype=torch.bfloat16, device="meta")
+        return _shape_reason(q, rope, latent, None)
+
+    assert reason((1 << 25) - 1) is None and "contiguous" in reason(1 << 25)
 
 
 def test_the_table_names_every_operation(monkeypatch):

@@ -190,7 +190,7 @@ def test_an_index_that_leaves_its_folder_is_refused(name, tmp_path):
     index, content = sharded(tmp_path)
     content["weight_map"]["model.norm.weight"] = name
     index.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="no plain file name"):
+    with pytest.raises(ValueError, match="not a plain file name"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
@@ -198,7 +198,7 @@ def test_a_missing_shard_is_named(tmp_path):
     index, content = sharded(tmp_path)
     shard = content["weight_map"]["model.norm.weight"]
     (tmp_path / shard).unlink()
-    with pytest.raises(FileNotFoundError, match=shard):
+    with pytest.raises(ValueError, match=shard):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
@@ -206,7 +206,7 @@ def test_a_missing_shard_is_named(tmp_path):
 def test_an_index_that_is_none_is_refused(content, tmp_path):
     index, _ = sharded(tmp_path)
     index.write_text(content)
-    with pytest.raises(ValueError, match="no checkpoint index"):
+    with pytest.raises(ValueError, match="index.json: (no valid JSON|a JSON object|has no weight_map)"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
@@ -215,7 +215,7 @@ def test_a_corrupt_config_and_a_truncated_file_are_refused(tmp_path):
     weights = tmp_path / "model.safetensors"
     data = weights.read_bytes()
     weights.write_bytes(data[: len(data) // 2])
-    with pytest.raises(Exception, match="(?i)safetensors|incomplete|invalid"):
+    with pytest.raises(ValueError, match="model.safetensors: the data is cut short"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("{not json")
     with pytest.raises(OSError, match="valid JSON"):
@@ -239,7 +239,7 @@ def test_a_wrong_shape_is_reported(tmp_path):
     tensors = stored(tmp_path)
     tensors["model.norm.weight"] = torch.ones(3)
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(RuntimeError, match="norm.weight|mismatch"):
+    with pytest.raises(ValueError, match=r"model.norm.weight: shape \[3\], config.json asks for"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 

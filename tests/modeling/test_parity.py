@@ -153,8 +153,12 @@ def test_the_decode_kernels_form_equals_the_plain_absorbed_one(length, side):
     spans = spans_of(mask, length)
     assert spans.starts.tolist() == starts.tolist()
     assert spans.lengths.tolist() == ends.tolist()
+    together, still = (
+        torch.cat(query, dim=-1).transpose(1, 2),
+        (torch.ones(1, length, rope), torch.zeros(1, length, rope)),
+    )
     held = Latents(latents[..., :rank], latents[..., rank:])
-    fused = fused_absorbed_attention(query, held, weight, spans, 0.3)
+    fused = fused_absorbed_attention(together, still, held, weight, spans, 0.3, interleave=False)
     plain, _ = absorbed_attention(query, latents, weight, mask, 0.3)
     # Sums of numbers of size 5 in another order.
     torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-4)

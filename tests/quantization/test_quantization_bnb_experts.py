@@ -20,7 +20,7 @@ from deepseek_v3 import DeepseekV3ForCausalLM, FP8Config
 from deepseek_v3.configuration import account, preset
 from deepseek_v3.configuration.accounting import NF4_BYTES
 from deepseek_v3.conversion import inspect, write_checkpoint
-from deepseek_v3.quantization import BnbExperts, bnb_packing
+from deepseek_v3.quantization import BnbExperts
 from deepseek_v3.quantization.bnb_packing import packing_of
 
 TOKENS = torch.randint(3, 512, (2, 12), generator=torch.Generator().manual_seed(3))
@@ -293,7 +293,7 @@ def test_bad_input(even, tmp_path):
         folder = tmp_path / name
         shutil.copytree(even, folder)
         save_file({n: t for n, t in stored(even).items() if missing not in n}, folder / "model.safetensors")
-        with pytest.raises(ValueError, match=r"layers.1.mlp.experts.gate_up_proj.*Download the missing shard"):
+        with pytest.raises(ValueError, match=r"layers.1.mlp.experts.gate_up_proj.*[Dd]ownload the missing shard"):
             load(folder, four_bit())
     model = load(even, four_bit())
     with pytest.raises(ValueError, match="quantize='fp8'|model.dequantize"):
@@ -314,14 +314,6 @@ def test_accelerate_s_hooks_leave_them_packed(even):
     assert elsewhere.gate_up_proj.device.type == "meta" and elsewhere.gate_up_proj.shape == (8, 64, 64)
     add_hook_to_module(experts, AlignDevicesHook(execution_device="cpu", place_submodules=True))
     assert torch.equal(experts(x, index, weights), expected)
-
-
-@pytest.mark.parametrize("kind", ["nf4", "fp4"])
-def test_large_stacks_are_widened_in_parts(even, kind, monkeypatch):
-    experts = load(even, CONFIGS[kind]).model.layers[1].mlp.experts
-    whole = experts.widened("gate_up_proj", torch.float32)
-    monkeypatch.setattr(bnb_packing, "MOST_NUMBERS", 3 * 64 * 64 + 5)
-    assert torch.equal(experts.widened("gate_up_proj", torch.float32), whole)
 
 
 def test_only_this_package_s_models_meet_its_quantiser():

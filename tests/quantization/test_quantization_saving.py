@@ -283,10 +283,10 @@ def test_what_cannot_be_written_is_named(plain, tmp_path):
 @pytest.mark.parametrize(
     ("fault", "error", "words"),
     [
-        ("missing", FileNotFoundError, "model.safetensors is missing; give the folder of the FP8 checkpoint"),
+        ("missing", ValueError, "source: holds no safetensors; give the FP8 checkpoint as `original`"),
         ("bf16", ValueError, "holds no FP8 weights"),
         ("other", ValueError, r"q_a_proj.weight is \[136, 192\] here and \[64, 192\] in `original`"),
-        ("cut", ValueError, "model-00002-of-000003.safetensors is no whole safetensors file"),
+        ("cut", ValueError, "model-00002-of-000003.safetensors: the data is cut short"),
         ("scale", ValueError, "holds a scale that is not finite and positive"),
     ],
 )

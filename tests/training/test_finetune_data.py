@@ -224,6 +224,27 @@ def test_packed_documents_give_the_losses_and_gradients_of_documents_apart():
         torch.testing.assert_close(grad, results[1][2][name], rtol=1e-3, atol=1e-6, msg=name)
 
 
+@pytest.mark.parametrize("depths", [1, 2])
+def test_the_experts_load_is_that_of_the_documents_whatever_they_are_packed_and_padded_to(depths):
+    given, loads = documents(), []
+    for length in (17, 20, 45):
+        packed, model = pack(given, length), make_model(num_nextn_predict_layers=depths).train()
+        rows = [dict(zip(packed, row, strict=True)) for row in zip(*packed.values(), strict=True)]
+        model(**PaddingCollator(pad_token_id=2)(rows))
+        loads.append(torch.stack([router.expert_load for router in model.model.routers().values()]))
+    model = make_model(num_nextn_predict_layers=depths).train()
+    for ids in given["input_ids"]:
+        model(input_ids=torch.tensor([ids]), labels=torch.tensor([ids]))
+    alone = torch.stack([router.expert_load for router in model.model.routers().values()])
+    assert alone[0].sum() == 2 * sum(map(len, given["input_ids"]))
+    assert all(torch.equal(load, alone) for load in loads)
+    # Positions that all rows share.
+    model = make_model(num_nextn_predict_layers=depths).train()
+    shared = torch.tensor([[*range(5), *range(7)]])
+    model(torch.full((2, 12), 5), labels=torch.full((2, 12), 5), position_ids=shared)
+    assert [int(router.expert_load.sum()) for router in model.model.routers().values()][2:] == [40, 32][:depths]
+
+
 def test_changing_one_document_changes_no_logit_of_another():
     model = make_model()
     row = {name: torch.tensor(values[:1]) for name, values in pack(documents(), 60).items()}

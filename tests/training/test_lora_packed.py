@@ -5,6 +5,7 @@ import torch
 from adapters import adapters, change, randomise, reference, relative
 from bitsandbytes import functional, nn
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from test_lora_targets import expected_names
 from test_lora_trainer import dataset, logged, run
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -59,8 +60,7 @@ def test_forward_and_gradients_in_float32(folder, which, checkpointing):
     base = load(folder)
     twin = float64_twin(base)
     model = adapted(base, which)
-    names = {name.rpartition(".")[2] for name in adapters(model)}
-    assert {"gate_up_proj", "down_proj"} <= names and (which == "experts" or len(adapters(model)) > 20)
+    assert set(adapters(model)) == expected_names(model.config, which)
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
         model.train()
@@ -162,9 +162,11 @@ def test_saved_and_loaded_it_is_the_same_and_goes_over_a_plain_base(folder, bits
 
 def test_several_adapters(folder):
     base = load(folder)
-    plain, model = outputs(base), adapted(base).eval()
+    parts = [lora_target_modules(base.config, which) for which in ("attention", "experts")]
+    targets = {name: parts[0][name] + parts[1][name] for name in parts[0]}
+    plain, model = outputs(base), randomise(get_peft_model(base, LoraConfig(r=4, **targets))).eval()
     first = outputs(model)
-    model.add_adapter("other", LoraConfig(r=2, **lora_target_modules(base.config, "all")))
+    model.add_adapter("other", LoraConfig(r=2, **targets))
     randomise(model, seed=1)
     model.set_adapter("other")
     other = outputs(model)
@@ -174,6 +176,13 @@ def test_several_adapters(folder):
     assert min(relative(outputs(model), seen) for seen in (first, alone, other, plain)) > 0.05
     with model.disable_adapter():
         assert torch.equal(outputs(model), plain)
+
+
+def test_a_second_adapter_over_all_is_refused(folder):
+    """PEFT adapts a packed linear as a module, where it takes no further parameter."""
+    model = adapted(load(folder))
+    with pytest.raises(ValueError, match=r"Trying to wrap an `nn.Parameter` of layer 'model.layers.0.mlp"):
+        model.add_adapter("other", LoraConfig(r=2, **lora_target_modules(model.config, "all")))
 
 
 def test_two_active_adapters_are_the_sum_of_their_changes(folder):

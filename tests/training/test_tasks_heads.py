@@ -76,7 +76,8 @@ def padded(rows, side="right"):
 def train(model, task, folder, side="right", steps=60, rate=5e-3):
     data = padded(examples(task), side)
     rows = Dataset.from_dict({name: tensor.tolist() for name, tensor in data.items()})
-    options = {"max_steps": steps, "learning_rate": rate, "lr_scheduler_type": "constant", "logging_steps": 10}
+    # The rate falls to nothing: where a constant one stops, in mid-swing, is an accident of the order of sums.
+    options = {"max_steps": steps, "learning_rate": rate, "lr_scheduler_type": "linear", "logging_steps": 10}
     args = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=16,
@@ -141,7 +142,7 @@ def test_an_adapter_learns_with_the_head_beside_it(task, base, folders, tmp_path
     frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
     assert right(model, task) < 0.7
     train(model, task, tmp_path / "run", rate=1e-2)
-    assert right(model, task) > 0.8
+    assert right(model, task) > 0.9
     for name, parameter in model.named_parameters():
         if name in frozen:
             assert torch.equal(parameter.view(torch.uint8), frozen[name].view(torch.uint8)), name

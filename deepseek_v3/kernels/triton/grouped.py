@@ -118,6 +118,43 @@ def grouped_columns(
 
 
 @triton.jit
+def few_rows(
+    x, source, w, up, out, row, live, n_tile, N, K, x_m, w_n, out_m, x_scale, w_scale, up_scale, xs_m, xs_k,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    SWIGLU: tl.constexpr, FP8: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of out[row] = x[source] @ w.T, w [N, K]; SWIGLU: silu of that times x[source] @ up.T."""
+    n = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    xp = x + source.to(tl.int64)[None, :] * x_m
+    wp = w + n.to(tl.int64)[:, None] * w_n
+    second_wp = up + n.to(tl.int64)[:, None] * w_n
+    first = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    second = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for k0 in range(0, K, BLOCK_K):
+        kk = k0 + k
+        mask = (n < N)[:, None] & (kk < K)[None, :]
+        b = tl.load(xp + kk[:, None], mask=live[None, :] & (kk < K)[:, None], other=0.0)
+        a = tl.load(wp + kk[None, :], mask=mask, other=0.0)
+        if FP8:
+            group = tl.cast(k0 // 128, tl.int64)
+            sb = tl.load(x_scale + source.to(tl.int64) * xs_m + group * xs_k, mask=live, other=0.0)
+            first += tl.dot(a, b) * (sb * tl.load(w_scale + group))[None, :]
+        else:
+            first = tl.dot(a, b, first, input_precision=PRECISION)
+        if SWIGLU:
+            c = tl.load(second_wp + kk[None, :], mask=mask, other=0.0)
+            if FP8:
+                second += tl.dot(c, b) * (sb * tl.load(up_scale + group))[None, :]
+            else:
+                second = tl.dot(c, b, second, input_precision=PRECISION)
+    if SWIGLU:
+        first = first * tl.sigmoid(first) * second
+    place = out + row.to(tl.int64)[None, :] * out_m + n[:, None]
+    tl.store(place, first.to(out.dtype.element_ty), mask=live[None, :] & (n < N)[:, None])
+
+
+@triton.jit
 def grouped_few(
     x, w, out, offsets, order, x_scale, w_scale,
     experts, N, K, top_k, x_m, w_e, w_n, out_m, xs_m, xs_k, ws_e, ws_n,
@@ -139,35 +176,62 @@ def grouped_few(
     source = row
     if GATHER:
         source = tl.load(order + row, mask=live, other=0) // top_k
-    n = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
-    xp = x + source.to(tl.int64)[None, :] * x_m
-    wp = w + e.to(tl.int64) * w_e + n.to(tl.int64)[:, None] * w_n
-    up_rows = N.to(tl.int64) * w_n
-    first = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    second = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    sp = w_scale
+    own = w + e.to(tl.int64) * w_e
+    scale = w_scale
+    up_scale = w_scale
     if FP8:
-        sp = w_scale + e.to(tl.int64) * ws_e + (n_tile * BLOCK_N // 128).to(tl.int64) * ws_n
-    for k0 in range(0, K, BLOCK_K):
-        kk = k0 + k
-        mask = (n < N)[:, None] & (kk < K)[None, :]
-        b = tl.load(xp + kk[:, None], mask=live[None, :] & (kk < K)[:, None], other=0.0)
-        a = tl.load(wp + kk[None, :], mask=mask, other=0.0)
-        if FP8:
-            group = tl.cast(k0 // 128, tl.int64)
-            sb = tl.load(x_scale + source.to(tl.int64) * xs_m + group * xs_k, mask=live, other=0.0)
-            first += tl.dot(a, b) * (sb * tl.load(sp + group))[None, :]
+        scale = w_scale + e.to(tl.int64) * ws_e + (n_tile * BLOCK_N // 128).to(tl.int64) * ws_n
+        up_scale = scale + tl.cast(N // 128, tl.int64) * ws_n
+    few_rows(
+        x, source, own, own + N.to(tl.int64) * w_n, out, row, live, n_tile, N, K, x_m, w_n, out_m,
+        x_scale, scale, up_scale, xs_m, xs_k, BLOCK_M, BLOCK_N, BLOCK_K, SWIGLU, FP8, PRECISION,
+    )  # fmt: skip
+
+
+@triton.jit
+def grouped_step(
+    x, w, out, offsets, order, shared, shared_up,
+    experts, N, K, top_k, x_m, w_e, w_n, out_m, pairs, tokens, shared_n, shared_k, shared_first, shared_w_n,
+    BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GATHER: tl.constexpr, SWIGLU: tl.constexpr, SORTED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """As `grouped_few`, and in the same launch the shared experts: rows from shared_first on of x, to those from
+    `pairs` on of out, times `shared` and `shared_up` [shared_n, shared_k].
+
+    SORTED: pairs sorted by expert, with offsets and order; else order holds each pair's expert, every pair is a tile
+    of its own, and there is one token.
+    """
+    pid = tl.program_id(0)
+    lane = tl.arange(0, BLOCK_M)
+    own_tiles = tl.cdiv(shared_n, BLOCK_N)
+    of_shared = own_tiles * tl.cdiv(tokens, BLOCK_M)
+    if pid < of_shared:
+        token = pid // own_tiles * BLOCK_M + lane
+        few_rows(
+            x, shared_first + token, shared, shared_up, out, pairs + token, token < tokens, pid % own_tiles,
+            shared_n, shared_k, x_m, shared_w_n, out_m, x, x, x, 0, 0,
+            BLOCK_M, BLOCK_N, BLOCK_K, SWIGLU, False, PRECISION,
+        )  # fmt: skip
+    else:
+        n_tiles = tl.cdiv(N, BLOCK_N)
+        if SORTED:
+            e, start, end, m_tile, n_tile = locate(offsets, pid - of_shared, n_tiles, experts, BLOCK_E, BLOCK_M, 1)
+            row = start + m_tile * BLOCK_M + lane
         else:
-            first = tl.dot(a, b, first, input_precision=PRECISION)
-        if SWIGLU:
-            c = tl.load(wp + up_rows + kk[None, :], mask=mask, other=0.0)
-            if FP8:
-                scale = tl.load(sp + tl.cast(N // 128, tl.int64) * ws_n + group)
-                second += tl.dot(c, b) * (sb * scale)[None, :]
-            else:
-                second = tl.dot(c, b, second, input_precision=PRECISION)
-    if SWIGLU:
-        first = first * tl.sigmoid(first) * second
-    place = out + row.to(tl.int64)[None, :] * out_m + n[:, None]
-    tl.store(place, first.to(out.dtype.element_ty), mask=live[None, :] & (n < N)[:, None])
+            start = (pid - of_shared) // n_tiles
+            n_tile = (pid - of_shared) % n_tiles
+            e = tl.load(order + start).to(tl.int32)
+            end = start + 1
+            row = start + lane
+        if e < experts:
+            live = row < end
+            source = row
+            if GATHER:
+                source = row * 0
+                if SORTED:
+                    source = tl.load(order + row, mask=live, other=0) // top_k
+            own = w + e.to(tl.int64) * w_e
+            few_rows(
+                x, source, own, own + N.to(tl.int64) * w_n, out, row, live, n_tile, N, K, x_m, w_n, out_m,
+                x, x, x, 0, 0, BLOCK_M, BLOCK_N, BLOCK_K, SWIGLU, False, PRECISION,
+            )  # fmt: skip

@@ -3,13 +3,13 @@
 from typing import NamedTuple
 
 import torch
-import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..reference.fp8 import GROUP, padded_groups
 from ..reference.quantize import AMAX_FLOOR
 from .fp8 import fp8_grouped_columns, fp8_matmul
 from .launch_mla import tma_ready
+from .launching import cdiv, next_power_of_2
 from .quantize import quantize_blocks, quantize_columns, quantize_rows, transpose_tiles
 
 ROWS, COLUMNS, BAND = 64, 128, 32
@@ -44,7 +44,7 @@ def fp8_gemm(a, a_scale, b, b_scale, out, add):
     if not out.numel():
         return out
     a_tiles, b_tiles = _tiles(a, b, ROWS, COLUMNS)
-    fp8_matmul[(triton.cdiv(rows, ROWS) * triton.cdiv(columns, COLUMNS),)](
+    fp8_matmul[(cdiv(rows, ROWS) * cdiv(columns, COLUMNS),)](
         a, b, out, a_tiles, b_tiles, a_scale, b_scale,
         rows, columns, depth, a.stride(0), b.stride(0), out.stride(0), *a_scale.stride(), *b_scale.stride(),
         BLOCK_M=ROWS, BLOCK_N=COLUMNS, BAND=BAND, TMA=a_tiles is not None,
@@ -62,11 +62,11 @@ def grouped_fp8_wgrad(dy, dy_scale, x, x_scale, offsets, dtype, tiling=WGRAD):
     # The experts' matrices as one: a tile may not reach into the next one's rows.
     if dy_tiles is not None and columns % tiling.rows == 0 and tma_ready(flat):
         out_tiles = TensorDescriptor(flat, list(flat.shape), list(flat.stride()), [tiling.rows, tiling.columns])
-    grid = (triton.cdiv(columns, tiling.rows) * triton.cdiv(depth, tiling.columns * tiling.sweep), experts)
+    grid = (cdiv(columns, tiling.rows) * cdiv(depth, tiling.columns * tiling.sweep), experts)
     fp8_grouped_columns[grid](
         dy, x, out, dy_tiles, x_tiles, out_tiles, dy_scale, x_scale, offsets,
         columns, depth, experts, dy.stride(0), x.stride(0), *dy_scale.stride(), *x_scale.stride(),
-        BLOCK_E=triton.next_power_of_2(experts + 1), BLOCK_N=tiling.rows, BLOCK_K=tiling.columns, SWEEP=tiling.sweep,
+        BLOCK_E=next_power_of_2(experts + 1), BLOCK_N=tiling.rows, BLOCK_K=tiling.columns, SWEEP=tiling.sweep,
         TMA=dy_tiles is not None, TMA_OUT=out_tiles is not None, num_warps=tiling.warps, num_stages=tiling.stages,
     )  # fmt: skip
     return out
@@ -75,14 +75,14 @@ def grouped_fp8_wgrad(dy, dy_scale, x, x_scale, offsets, dtype, tiling=WGRAD):
 def quantize_activation(x, group, scale_fmt, amax_floor, up=None):
     """1 x group tiles of x [M, D], or of silu(x) * up; the scale is stored by group, as the products read it."""
     rows, width = x.shape
-    groups = triton.cdiv(width, group)
+    groups = cdiv(width, group)
     codes = torch.empty(rows, width, dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty(groups, rows, dtype=torch.float32, device=x.device).t()
     if codes.numel():
         block = 32
-        quantize_rows[(triton.cdiv(rows, block), groups)](
+        quantize_rows[(cdiv(rows, block), groups)](
             x, up, codes, scale, rows, width, x.stride(0), codes.stride(0), *scale.stride(),
-            max(amax_floor, AMAX_FLOOR), BLOCK=block, GROUP=group, WIDE=triton.next_power_of_2(group),
+            max(amax_floor, AMAX_FLOOR), BLOCK=block, GROUP=group, WIDE=next_power_of_2(group),
             POWER=scale_fmt is not None, SWIGLU=up is not None, num_warps=4,
         )  # fmt: skip
     return codes, scale
@@ -92,15 +92,15 @@ def quantize_transposed(x, offsets, group, scale_fmt, amax_floor):
     """group x 1 tiles of x [M, D], transposed; with ``offsets`` each expert's rows start a group of their own."""
     rows, width = x.shape
     experts = 0 if offsets is None else offsets.numel() - 1
-    groups = triton.cdiv(rows, group) if offsets is None else padded_groups(rows, experts)
+    groups = cdiv(rows, group) if offsets is None else padded_groups(rows, experts)
     padded = rows if offsets is None else groups * group
     codes = torch.empty(width, padded, dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty(groups, width, dtype=torch.float32, device=x.device).t()
     if codes.numel():
-        quantize_columns[(groups, triton.cdiv(width, 64))](
+        quantize_columns[(groups, cdiv(width, 64))](
             x, codes, scale, offsets, rows, width, experts, x.stride(0), codes.stride(0), *scale.stride(),
-            max(amax_floor, AMAX_FLOOR), BLOCK=64, GROUP=group, WIDE=triton.next_power_of_2(group),
-            BLOCK_E=triton.next_power_of_2(experts + 1), POWER=scale_fmt is not None, GROUPED=offsets is not None,
+            max(amax_floor, AMAX_FLOOR), BLOCK=64, GROUP=group, WIDE=next_power_of_2(group),
+            BLOCK_E=next_power_of_2(experts + 1), POWER=scale_fmt is not None, GROUPED=offsets is not None,
             num_warps=4,
         )  # fmt: skip
     return codes, scale
@@ -109,7 +109,7 @@ def quantize_transposed(x, offsets, group, scale_fmt, amax_floor):
 def quantize_weight(w, block, scale_fmt, amax_floor):
     """Blocks of a stack w [E, rows, cols]; both sides of a block are powers of two."""
     experts, rows, cols = w.shape
-    grid = (triton.cdiv(rows, block[0]), triton.cdiv(cols, block[1]), experts)
+    grid = (cdiv(rows, block[0]), cdiv(cols, block[1]), experts)
     codes = torch.empty(w.shape, dtype=torch.float8_e4m3fn, device=w.device)
     scale = torch.empty(experts, *grid[:2], dtype=torch.float32, device=w.device)
     if codes.numel():
@@ -126,7 +126,7 @@ def transpose_codes(codes):
     out = torch.empty(experts, cols, rows, dtype=codes.dtype, device=codes.device)
     if out.numel():
         side = 128
-        transpose_tiles[(triton.cdiv(rows, side), triton.cdiv(cols, side), experts)](
+        transpose_tiles[(cdiv(rows, side), cdiv(cols, side), experts)](
             codes.view(torch.uint8), out.view(torch.uint8), rows, cols, *codes.stride()[:2], SIDE=side, num_warps=8
         )
     return out

@@ -1,12 +1,12 @@
 """Launchers of the steps of FP8 training between its products."""
 
 import torch
-import triton
 
 from ..reference.fp8 import padded_groups
 from ..reference.quantize import AMAX_FLOOR
 from .e5m6 import pack_tiles, unpack_tiles
 from .fp8_training import retile_columns, swiglu_gradient
+from .launching import cdiv, next_power_of_2
 
 
 def retile(x, x_scale, source, offsets, scale_fmt, amax_floor):
@@ -14,15 +14,15 @@ def retile(x, x_scale, source, offsets, scale_fmt, amax_floor):
     width = x.shape[1]
     rows = x.shape[0] if source is None else source.shape[0]
     experts = 0 if offsets is None else offsets.numel() - 1
-    groups = triton.cdiv(rows, 128) if offsets is None else padded_groups(rows, experts)
+    groups = cdiv(rows, 128) if offsets is None else padded_groups(rows, experts)
     padded = rows if offsets is None else groups * 128
     codes = torch.empty(width, padded, dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty(groups, width, dtype=torch.float32, device=x.device).t()  # by group, as the products read it
     if codes.numel():
-        retile_columns[(groups, triton.cdiv(width, 64))](
+        retile_columns[(groups, cdiv(width, 64))](
             x, x_scale, source, codes, scale, offsets, rows, width, experts, x.stride(0),
             *(x_scale.stride() if x_scale is not None else (0, 0)), codes.stride(0), *scale.stride(),
-            max(amax_floor, AMAX_FLOOR), BLOCK=64, BLOCK_E=triton.next_power_of_2(experts + 1),
+            max(amax_floor, AMAX_FLOOR), BLOCK=64, BLOCK_E=next_power_of_2(experts + 1),
             POWER=scale_fmt is not None, SCALED=x_scale is not None, GATHER=source is not None,
             GROUPED=offsets is not None, num_warps=2,
         )  # fmt: skip
@@ -37,7 +37,7 @@ def swiglu_backward(gate_up, scale, grad, weights):
     share = torch.empty(rows, dtype=torch.float32, device=grad.device)
     if out.numel():
         block = 8
-        swiglu_gradient[(triton.cdiv(rows, block),)](
+        swiglu_gradient[(cdiv(rows, block),)](
             gate_up, scale, grad, weights, grad_gate_up, out, share, rows, width, gate_up.stride(0),
             *(scale.stride() if scale is not None else (0, 0)), grad.stride(0),
             BLOCK=block, SCALED=scale is not None, WEIGHTED=weights is not None, num_warps=4,
@@ -48,12 +48,12 @@ def swiglu_backward(gate_up, scale, grad, weights):
 def pack_e5m6(x):
     """See ``deepseek_v3.kernels.pack_e5m6``."""
     rows, width = x.shape
-    groups = triton.cdiv(width, 128)
+    groups = cdiv(width, 128)
     high = torch.empty(rows, groups * 128, dtype=torch.uint8, device=x.device)
     low = torch.empty(rows, groups * 64, dtype=torch.uint8, device=x.device)
     scale = torch.empty(rows, groups, dtype=torch.float32, device=x.device)
     if rows:
-        pack_tiles[(triton.cdiv(rows, 16), groups)](
+        pack_tiles[(cdiv(rows, 16), groups)](
             x, high, low, scale, rows, width, x.stride(0), groups, BLOCK=16, num_warps=4
         )
     return high, low, scale
@@ -64,7 +64,5 @@ def unpack_e5m6(high, low, scale, width, dtype):
     out = torch.empty(high.shape[0], width, dtype=dtype, device=high.device)
     if out.numel():
         rows, groups = scale.shape
-        unpack_tiles[(triton.cdiv(rows, 16), groups)](
-            high, low, scale, out, rows, width, groups, BLOCK=16, num_warps=4
-        )
+        unpack_tiles[(cdiv(rows, 16), groups)](high, low, scale, out, rows, width, groups, BLOCK=16, num_warps=4)
     return out

@@ -7,8 +7,11 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..dispatch import capability
-from .grouped import grouped_columns, grouped_few, grouped_rows
+from .grouped import grouped_columns, grouped_few, grouped_rows, grouped_step
 from .launch_mla import scratch, tma_ready
+from .launching import Launcher, cdiv, next_power_of_2
+
+_few, _step = Launcher(grouped_few), Launcher(grouped_step)
 
 
 @dataclass(frozen=True)
@@ -73,12 +76,12 @@ def grouped_gemm(x, w, offsets, transposed, out_dtype=None, x_scale=None, w_scal
         block = [1, tiling.depth, tiling.columns] if transposed else [1, tiling.columns, tiling.depth]
         w_tiles = TensorDescriptor(w, list(w.shape), list(w.stride()), block)
     w_k, w_n = (w.stride(1), w.stride(2)) if transposed else (w.stride(2), w.stride(1))
-    programs = _row_tiles(pairs, experts, tiling.rows) * triton.cdiv(columns, tiling.columns)
+    programs = _row_tiles(pairs, experts, tiling.rows) * cdiv(columns, tiling.columns)
     grouped_rows[(programs,)](
         x, w, out, offsets, x_tiles, w_tiles, x_scale, w_scale,
         experts, columns, depth, x.stride(0), w.stride(0), w_n, w_k, out.stride(0),
         *(x_scale.stride() if fp8 else (0, 0)), *(w_scale.stride() if fp8 else (0, 0, 0)),
-        BLOCK_E=triton.next_power_of_2(experts + 1), BLOCK_M=tiling.rows, BLOCK_N=tiling.columns, BLOCK_K=tiling.depth,
+        BLOCK_E=next_power_of_2(experts + 1), BLOCK_M=tiling.rows, BLOCK_N=tiling.columns, BLOCK_K=tiling.depth,
         GROUP_M=tiling.band, FP8=fp8, TMA=tma, TRANSPOSED=transposed, PRECISION=_precision(x),
         num_warps=tiling.warps, num_stages=tiling.stages,
     )  # fmt: skip
@@ -91,16 +94,37 @@ def grouped_rows_few(x, w, offsets, order, top_k, swiglu, out, x_scale=None, w_s
     experts, fp8 = w.shape[0], x_scale is not None
     if tiling is None:
         tiling = FEW_SWIGLU if swiglu else FEW
-    programs = _row_tiles(pairs, experts, tiling.rows) * triton.cdiv(columns, tiling.columns)
-    grouped_few[(programs,)](
-        x, w, out, offsets, order, x_scale, w_scale,
-        experts, columns, x.shape[1], top_k, x.stride(0), w.stride(0), w.stride(1), out.stride(0),
-        *(x_scale.stride() if fp8 else (0, 0)), *(w_scale.stride()[:2] if fp8 else (0, 0)),
-        BLOCK_E=triton.next_power_of_2(experts + 1), BLOCK_M=tiling.rows, BLOCK_N=tiling.columns, BLOCK_K=tiling.depth,
+    programs = _row_tiles(pairs, experts, tiling.rows) * cdiv(columns, tiling.columns)
+    _few(
+        (programs, 1, 1), (x, w, out, offsets, order, x_scale, w_scale),
+        (experts, columns, x.shape[1], top_k, x.stride(0), w.stride(0), w.stride(1), out.stride(0),
+         *(x_scale.stride() if fp8 else (0, 0)), *(w_scale.stride()[:2] if fp8 else (0, 0))),
+        BLOCK_E=next_power_of_2(experts + 1), BLOCK_M=tiling.rows, BLOCK_N=tiling.columns, BLOCK_K=tiling.depth,
         GATHER=order is not None, SWIGLU=swiglu, FP8=fp8, PRECISION=_precision(x),
         num_warps=tiling.warps, num_stages=tiling.stages,
     )  # fmt: skip
     return out
+
+
+def experts_step(x, w, out, offsets, order, top_k, swiglu, shared, first, tokens):
+    """``grouped_rows_few`` with the shared experts' rows behind the pairs': shared is (gate, up) or (down, down).
+
+    offsets None: the pairs of one token lie in order, and ``order`` holds their experts. first: the shared experts'
+    first row in x.
+    """
+    experts, columns, depth = w.shape[0], w.shape[1] // 2 if swiglu else w.shape[1], w.shape[2]
+    pairs = order.numel() if offsets is None else out.shape[0] - tokens
+    tiling = FEW_SWIGLU if swiglu else FEW
+    tiles = pairs if offsets is None else _row_tiles(pairs, experts, tiling.rows)
+    of_shared = cdiv(shared[0].shape[0], tiling.columns) * cdiv(tokens, tiling.rows)
+    _step(
+        (of_shared + tiles * cdiv(columns, tiling.columns), 1, 1), (x, w, out, offsets, order, *shared),
+        (experts, columns, depth, top_k, x.stride(0), w.stride(0), w.stride(1), out.stride(0), pairs, tokens,
+         *shared[0].shape, first, shared[0].stride(0)),
+        BLOCK_E=next_power_of_2(experts + 1), BLOCK_M=tiling.rows, BLOCK_N=tiling.columns, BLOCK_K=tiling.depth,
+        GATHER=first == 0, SWIGLU=swiglu, SORTED=offsets is not None, PRECISION=_precision(x),
+        num_warps=tiling.warps, num_stages=tiling.stages,
+    )  # fmt: skip
 
 
 def grouped_wgrad(dy, x, offsets, dtype, tiling=None):
@@ -114,7 +138,7 @@ def grouped_wgrad(dy, x, offsets, dtype, tiling=None):
     tma = not _small(x) and tma_ready(x) and tma_ready(dy)
     if tma and x.is_cuda:
         triton.set_allocator(scratch)
-    tiles = triton.cdiv(columns, tiling.depth) * triton.cdiv(depth, tiling.columns)
+    tiles = cdiv(columns, tiling.depth) * cdiv(depth, tiling.columns)
     grouped_columns[(tiles, experts)](
         dy, x, out, offsets, columns, depth, dy.stride(0), x.stride(0),
         BLOCK_M=tiling.rows, BLOCK_N=tiling.depth, BLOCK_K=tiling.columns, TMA=tma, PRECISION=_precision(x),

@@ -1,9 +1,9 @@
 """Launchers of the layout of queries, keys and values."""
 
 import torch
-import triton
 
 from .heads import join_heads, rotate_heads, split_heads
+from .launching import cdiv, next_power_of_2
 
 HEADS = 16
 
@@ -15,10 +15,10 @@ def rotate_queries(q, cos, sin, interleave, back):
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if out.numel():
         some = HEADS // 2 if back else HEADS
-        rotate_heads[(tokens, triton.cdiv(heads, some), batch)](
+        rotate_heads[(tokens, cdiv(heads, some), batch)](
             q, cos, sin, out, heads, tokens, width - 2 * half, half, *q.stride()[:3], *cos.stride()[:2],
-            INTERLEAVE=interleave, BACK=back, HEADS=some, NOPE=triton.next_power_of_2(max(width - 2 * half, 1)),
-            HALF=triton.next_power_of_2(half), num_warps=4,
+            INTERLEAVE=interleave, BACK=back, HEADS=some, NOPE=next_power_of_2(max(width - 2 * half, 1)),
+            HALF=next_power_of_2(half), num_warps=4,
         )  # fmt: skip
     return out
 
@@ -30,7 +30,7 @@ def join_keys(kv, rope, nope):
     k = torch.empty(batch, tokens, heads, nope + shared, dtype=kv.dtype, device=kv.device)
     v = torch.empty(batch, tokens, heads, value, dtype=kv.dtype, device=kv.device)
     if kv.numel():
-        join_heads[(tokens, triton.cdiv(heads, HEADS), batch)](
+        join_heads[(tokens, cdiv(heads, HEADS), batch)](
             kv, rope, k, v, heads, tokens, nope, shared, value, *kv.stride()[:3], *rope.stride()[:2],
             HEADS=HEADS, **_lanes(nope, shared, value), num_warps=4,
         )  # fmt: skip
@@ -53,7 +53,7 @@ def split_keys(grad_k, grad_v, nope):
 
 def _lanes(nope: int, shared: int, value: int) -> dict[str, int]:
     return {
-        "NOPE": triton.next_power_of_2(max(nope, 1)),
-        "WIDTH": triton.next_power_of_2(max(shared, 1)),
-        "VALUE": triton.next_power_of_2(max(value, 1)),
+        "NOPE": next_power_of_2(max(nope, 1)),
+        "WIDTH": next_power_of_2(max(shared, 1)),
+        "VALUE": next_power_of_2(max(value, 1)),
     }

@@ -7,6 +7,7 @@ import torch
 import triton
 
 from ..dispatch import capability, processors
+from .launching import cdiv, next_power_of_2
 from .mla import mla_combine, mla_split
 from .mla_fp8 import mla_split_fp8, widen_latents
 
@@ -90,7 +91,7 @@ def widen(codes, scale, dtype, lengths, starts):
     batch, slots, rank = codes.shape
     out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
     rows = max(1, 8192 // rank)
-    widen_latents[(triton.cdiv(slots, rows), batch)](
+    widen_latents[(cdiv(slots, rows), batch)](
         codes, scale, out, lengths, starts, slots, *codes.stride()[:2], *scale.stride(),
         C=rank, ROWS=rows, LENGTHS=lengths is not None, STARTS=starts is not None, num_warps=4,
     )  # fmt: skip
@@ -145,7 +146,7 @@ def mla_decode(q_latent, q_rope, latent, rope, scale, lengths, starts, latent_sc
         latent_scale = None
     if tiling is None:
         tiling = choose_tiling(q_latent, latent, rope, latent_scale is not None)
-    tiles = triton.cdiv(rows, tiling.rows) * tiling.halves
+    tiles = cdiv(rows, tiling.rows) * tiling.halves
     splits = splits_for(tiles * batch, slots, tiling, processors(device.index) if on_gpu else 7)
     out = torch.empty(q_latent.shape, dtype=q_latent.dtype, device=device)
     lse = torch.empty(batch, queries, heads, dtype=torch.float32, device=device)
@@ -168,7 +169,7 @@ def mla_decode(q_latent, q_rope, latent, rope, scale, lengths, starts, latent_sc
             splits,
             C=rank,
             COLS=cols,
-            SPLITS=triton.next_power_of_2(splits),
+            SPLITS=next_power_of_2(splits),
             num_warps=4,
         )
     return out, lse

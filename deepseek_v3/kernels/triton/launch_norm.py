@@ -1,10 +1,12 @@
 """Launchers of RMSNorm, rotary embedding and the write of new latents."""
 
 import torch
-import triton
 
 from ..reference.norm import AMAX_FLOOR, SCALE_GROUP
+from .launching import Launcher, next_power_of_2
 from .norm import rms_norm_rows, rotate_rows, write_rows
+
+_rms_norm, _rotate, _write = Launcher(rms_norm_rows), Launcher(rotate_rows), Launcher(write_rows)
 
 
 def rms_norm(x, weight, eps, residual):
@@ -13,10 +15,10 @@ def rms_norm(x, weight, eps, residual):
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     total = out if residual is None else torch.empty_like(out)
     if out.numel():
-        block = triton.next_power_of_2(width)
-        rms_norm_rows[(rows,)](
-            x, residual, weight, out, total, width, eps, x.stride(0), ADD=residual is not None, BLOCK=block,
-            num_warps=8 if block > 2048 else 4,
+        block = next_power_of_2(width)
+        _rms_norm(
+            (rows, 1, 1), (x, residual, weight, out, total), (width, eps, x.stride(0)),
+            ADD=residual is not None, BLOCK=block, num_warps=8 if block > 2048 else 4,
         )  # fmt: skip
     return out, total
 
@@ -26,23 +28,33 @@ def rotate(x, cos, sin, interleave):
     batch, heads, tokens, width = x.shape
     out = torch.empty(batch, tokens, heads, width, dtype=x.dtype, device=x.device)
     if out.numel():
-        rotate_rows[(heads, tokens, batch)](
-            x, cos, sin, out, heads, tokens, width // 2, *x.stride()[:3], *cos.stride()[:2],
-            INTERLEAVE=interleave, HALF=triton.next_power_of_2(width // 2), num_warps=1,
+        _rotate(
+            (heads, tokens, batch), (x, cos, sin, out),
+            (heads, tokens, width // 2, *x.stride()[:3], *cos.stride()[:2]),
+            INTERLEAVE=interleave, HALF=next_power_of_2(width // 2), num_warps=1,
         )  # fmt: skip
     return out
+
+
+def of_cache(latent, rope, scale, interleave):
+    """What every launch that writes latents passes on: strides, and the constants of ``write_row``."""
+    block = next_power_of_2(latent.shape[2])
+    strides = (*latent.stride()[:2], *rope.stride()[:2], *((0, 0, 0) if scale is None else scale.stride()))
+    constants = {
+        "INTERLEAVE": interleave, "BLOCK": block, "HALF": next_power_of_2(rope.shape[2] // 2),
+        "GROUP": min(SCALE_GROUP, block), "CODED": scale is not None, "num_warps": 4,
+    }  # fmt: skip
+    return strides, constants
 
 
 def write_latents(latent, rope, compressed, weight, eps, cos, sin, slots, interleave, scale):
     """See ``deepseek_v3.kernels.write_latents``."""
     batch, tokens, _ = compressed.shape
-    rank, half = latent.shape[2], rope.shape[2] // 2
-    block = triton.next_power_of_2(rank)
+    strides, constants = of_cache(latent, rope, scale, interleave)
     if compressed.numel():
-        write_rows[(tokens, batch)](
-            compressed, weight, cos, sin, slots, latent, rope, scale, rank, half, latent.shape[1], eps, AMAX_FLOOR,
-            *compressed.stride()[:2], *cos.stride()[:2], *slots.stride(), *latent.stride()[:2], *rope.stride()[:2],
-            *((0, 0, 0) if scale is None else scale.stride()),
-            INTERLEAVE=interleave, BLOCK=block, HALF=triton.next_power_of_2(half), GROUP=min(SCALE_GROUP, block),
-            CODED=scale is not None, num_warps=4,
+        _write(
+            (tokens, batch, 1), (compressed, weight, cos, sin, slots, latent, rope, scale),
+            (latent.shape[2], rope.shape[2] // 2, eps, AMAX_FLOOR, *compressed.stride()[:2], *cos.stride()[:2],
+             *slots.stride(), *strides), (latent.shape[1],),
+            **constants,
         )  # fmt: skip

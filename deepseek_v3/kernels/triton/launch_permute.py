@@ -1,9 +1,11 @@
 """Launchers of the permutation and of the router."""
 
 import torch
-import triton
 
+from .launching import Launcher, cdiv, next_power_of_2
 from .permute import choose_experts, combine_pairs, count_pairs, place_pairs
+
+_choose, _combine, _count, _place = map(Launcher, (choose_experts, combine_pairs, count_pairs, place_pairs))
 
 # Up to so many pairs one program sorts them alone, in one launch.
 ALONE = 256
@@ -18,32 +20,38 @@ def sort_pairs(index, experts):
     offsets = torch.empty(experts + 1, dtype=torch.int32, device=device)
     if pairs == 0:
         return order, inverse, offsets.zero_()
-    bins = triton.next_power_of_2(experts + 1)
+    bins = next_power_of_2(experts + 1)
     alone = pairs <= ALONE
-    block = max(16, triton.next_power_of_2(pairs)) if alone else BLOCK
-    blocks = triton.cdiv(pairs, block)
+    block = max(16, next_power_of_2(pairs)) if alone else BLOCK
+    blocks = cdiv(pairs, block)
     ends = None
     if not alone:
         counts = torch.empty((experts + 1) * blocks, dtype=torch.int32, device=device)
-        count_pairs[(blocks,)](flat, counts, pairs, experts, blocks, BLOCK=block, BINS=bins, num_warps=4)
+        _count((blocks, 1, 1), (flat, counts), (pairs, experts, blocks), BLOCK=block, BINS=bins, num_warps=4)
         ends = counts.cumsum(0)
-    place_pairs[(blocks,)](
-        flat, ends, order, inverse, offsets, pairs, experts, blocks, BLOCK=block, BINS=bins, ALONE=alone,
-        num_warps=8 if alone else 4,
+    _place(
+        (blocks, 1, 1), (flat, ends, order, inverse, offsets), (pairs, experts, blocks),
+        BLOCK=block, BINS=bins, ALONE=alone, num_warps=8 if alone else 4,
     )  # fmt: skip
     return order, inverse, offsets
 
 
-def combine(y, inverse, offsets, weights, tokens):
-    """See ``deepseek_v3.kernels.reference.experts.combine``."""
-    width = y.shape[1]
+def combine(y, inverse, offsets, weights, tokens, experts=None, shared=False, residual=None):
+    """See ``deepseek_v3.kernels.reference.experts.combine``.
+
+    offsets None: the pairs lie in order, and inverse [T, K] holds their experts, of which ``experts`` are here.
+    shared: a row for each token follows the pairs in y and is added, and so is the residual [T, D], if any.
+    """
+    width, pairs = y.shape[1], inverse.numel()
     out = torch.empty(tokens, width, dtype=y.dtype, device=y.device)
     if out.numel():
-        block = min(1024, triton.next_power_of_2(width))
-        combine_pairs[(tokens, triton.cdiv(width, block))](
-            y, inverse, offsets, weights, out, offsets.numel() - 1, width, y.stride(0),
-            weights.stride(0) if weights is not None else 0,
-            K=inverse.numel() // tokens, BLOCK=block, WEIGHTED=weights is not None, num_warps=4,
+        block = min(1024, next_power_of_2(width))
+        _combine(
+            (tokens, cdiv(width, block), 1), (y, inverse, offsets, weights, residual, out),
+            (offsets.numel() - 1 if experts is None else experts, width, y.stride(0),
+             weights.stride(0) if weights is not None else 0, pairs),
+            K=pairs // tokens, BLOCK=block, WEIGHTED=weights is not None, SORTED=offsets is not None, SHARED=shared,
+            ADD=residual is not None, num_warps=4,
         )  # fmt: skip
     return out
 
@@ -54,10 +62,10 @@ def route(logits, bias, groups, kept_groups, top_k, normalise, scaling):
     index = torch.empty(tokens, top_k, dtype=torch.int64, device=logits.device)
     weights = torch.empty(tokens, top_k, dtype=torch.float32, device=logits.device)
     if tokens:
-        choose_experts[(tokens,)](
-            logits, bias, index, weights, experts, logits.stride(0), scaling,
-            GROUPS=groups, KEPT=kept_groups, K=top_k, BLOCK_G=triton.next_power_of_2(groups),
-            BLOCK_S=triton.next_power_of_2(experts // groups), BLOCK_K=triton.next_power_of_2(top_k),
+        _choose(
+            (tokens, 1, 1), (logits, bias, index, weights), (experts, logits.stride(0), scaling),
+            GROUPS=groups, KEPT=kept_groups, K=top_k, BLOCK_G=next_power_of_2(groups),
+            BLOCK_S=next_power_of_2(experts // groups), BLOCK_K=next_power_of_2(top_k),
             BIASED=bias is not None, NORMALISE=normalise, num_warps=1,
         )  # fmt: skip
     return index, weights

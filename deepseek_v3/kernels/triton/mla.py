@@ -92,21 +92,24 @@ def mla_split(
         rope_tiles = tl.make_tensor_descriptor(rope + b * r_b, [tl.maximum(length, 1), R], [r_s, 1], [BLOCK_N, R])
     for n in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
         slot = n + tl.arange(0, BLOCK_N)
-        # The last tile reads its last live slot again instead of the dead ones behind it: no load needs a mask, and
-        # ``seen`` hides the repetition.
-        place = tl.cast(n, tl.int64) + tl.minimum(tl.arange(0, BLOCK_N), end - 1 - n)[:, None]
+        # Only the tile's base moves: what the addresses add to it, 32 bits wide, is computed once, before the loop. A
+        # masked slot becomes zeros on its way to shared memory; it passes through no register.
+        held = (slot < end)[:, None]
+        latents = latent + b * c_b + tl.cast(n, tl.int64) * c_s
+        keys = rope + b * r_b + tl.cast(n, tl.int64) * r_s
+        line = tl.arange(0, BLOCK_N)[:, None]
         if TMA:
             own = latent_tiles.load([n, half * COLS])
             pe = rope_tiles.load([n, 0])
         else:
-            own = tl.load(latent + b * c_b + place * c_s + own_col[None, :])
-            pe = tl.load(rope + b * r_b + place * r_s + r[None, :])
+            own = tl.load(latents + (line * c_s + own_col[None, :]), mask=held, other=0.0)
+            pe = tl.load(keys + (line * r_s + r[None, :]), mask=held, other=0.0)
         other = own
         if HALVES == 2:
             if TMA:
                 other = latent_tiles.load([n, (1 - half) * COLS])
             else:
-                other = tl.load(latent + b * c_b + place * c_s + other_col[None, :])
+                other = tl.load(latents + (line * c_s + other_col[None, :]), mask=held, other=0.0)
         logits = tl.dot(q_own, own.T)
         if HALVES == 2:
             logits = tl.dot(q_other, other.T, logits)

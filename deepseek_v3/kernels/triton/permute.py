@@ -47,22 +47,36 @@ def place_pairs(
 
 @triton.jit
 def combine_pairs(
-    y, inverse, offsets, weights, out, experts, width, y_m, w_m,
-    K: tl.constexpr, BLOCK: tl.constexpr, WEIGHTED: tl.constexpr,
+    y, inverse, offsets, weights, residual, out, experts, width, y_m, w_m, pairs,
+    K: tl.constexpr, BLOCK: tl.constexpr, WEIGHTED: tl.constexpr, SORTED: tl.constexpr, SHARED: tl.constexpr,
+    ADD: tl.constexpr,
 ):  # fmt: skip
-    """out[t] = sum over k of weights[t, k] * y[place of the pair], in float32 and in the order of k."""
+    """out[t] = sum over k of weights[t, k] * y[place of the pair], in float32 and in the order of k.
+
+    SORTED: inverse holds the pairs' places; else they lie in order, and inverse holds their experts. SHARED: plus
+    y[pairs + t]. ADD: plus residual[t].
+    """
     t = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    stop = tl.load(offsets + experts)
+    inside = col < width
     acc = tl.zeros([BLOCK], tl.float32)
     for k in tl.static_range(K):
         place = tl.load(inverse + t * K + k)
-        live = (col < width) & (place < stop)
+        if SORTED:
+            here = place < tl.load(offsets + experts)
+        else:
+            here = place < experts
+            place = t * K + k
+        live = inside & here
         value = tl.load(y + place.to(tl.int64) * y_m + col, mask=live, other=0.0).to(tl.float32)
         if WEIGHTED:
-            value *= tl.load(weights + t * w_m + k, mask=place < stop, other=0.0).to(tl.float32)
+            value *= tl.load(weights + t * w_m + k, mask=here, other=0.0).to(tl.float32)
         acc += value
-    tl.store(out + t * width + col, acc.to(out.dtype.element_ty), mask=col < width)
+    if SHARED:
+        acc += tl.load(y + (pairs + t) * y_m + col, mask=inside, other=0.0).to(tl.float32)
+    if ADD:
+        acc += tl.load(residual + t * width + col, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + t * width + col, acc.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit

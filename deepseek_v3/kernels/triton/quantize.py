@@ -29,8 +29,9 @@ def encoded(value, scale):
     quotient = value * reciprocal
     rest = tl.fma(-quotient, scale + tl.zeros_like(value), value)
     exact = tl.fma(rest, reciprocal + tl.zeros_like(value), quotient)
-    # Under an infinite scale the rest is no number: the quotient is right as it is.
-    return tl.where(rest == rest, exact, quotient).to(tl.float8e4nv)
+    # The quotient is right as it is where nothing rests (adding zero would turn -0 into 0) and where the rest is no
+    # number, under an infinite scale.
+    return tl.where(tl.abs(rest) > 0, exact, quotient).to(tl.float8e4nv)
 
 
 @triton.jit

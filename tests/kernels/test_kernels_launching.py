@@ -1,0 +1,130 @@
+"""Launches through `Launcher`: which compiled kernel is run with which arguments, when Triton looks again; and when an
+operation goes through torch's dispatcher."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from triton import knobs
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from deepseek_v3.kernels import dispatch, rms_norm
+from deepseek_v3.kernels.triton import launching
+
+
+class Compiled:
+    """Stands in for a compiled kernel: it notes how it is launched."""
+
+    function, packed_metadata = "function", "packed"
+
+    def __init__(self, log):
+        self.run = lambda *arguments: log.append(arguments)
+
+
+class Kernel(JITFunction):
+    """A kernel of two tensors, one number, one that changes, one constant; launched Triton's way it notes that."""
+
+    def __init__(self):
+        self.looked, self.launched = [], []
+        self.params = [None] * 5
+
+    def __getitem__(self, grid):
+        def launch(*arguments, **constants):
+            self.looked.append((grid, arguments, constants))
+            return Compiled(self.launched)
+
+        return launch
+
+
+class Device:
+    def __init__(self):
+        self.device = 0
+
+    def get_current_device(self):
+        return self.device
+
+    def get_current_stream(self, device):
+        return f"stream of {device}"
+
+
+@pytest.fixture
+def card(monkeypatch):
+    device = Device()
+    monkeypatch.setattr(driver, "_active", device)
+    return device
+
+
+def test_a_known_kernel_is_run_with_the_arguments_of_the_call(card):
+    kernel = Kernel()
+    launch = launching.Launcher(kernel)
+    x, y = torch.zeros(16), torch.zeros(16)
+    for changing in (100, 101):
+        launch((2, 3, 1), (x, None), (7,), (changing,), BLOCK=64, num_warps=4)
+        x, y = y, x
+    assert len(kernel.looked) == 1
+    (seen,) = kernel.launched
+    assert seen[:6] == (2, 3, 1, "stream of 0", "function", "packed") and seen[6:9] == (None, None, None)
+    assert seen[9] is y and seen[10:] == (None, 7, 101, None)
+
+
+@pytest.mark.parametrize("what", ["dtype", "alignment", "none", "number", "constant", "option", "device"])
+def test_triton_looks_again_where_another_kernel_may_fit(card, what):
+    kernel = Kernel()
+    launch = launching.Launcher(kernel)
+    x = torch.zeros(17)
+    tensors, numbers, constants = [x[:16], x], [7], {"BLOCK": 64, "num_warps": 4}
+    launch((1, 1, 1), tuple(tensors), tuple(numbers), (5,), **constants)
+    if what == "dtype":
+        tensors[0] = x[:16].bfloat16()
+    elif what == "alignment":
+        tensors[0] = x[1:]
+    elif what == "none":
+        tensors[1] = None
+    elif what == "number":
+        numbers[0] = 1
+    elif what == "device":
+        card.device = 1
+    else:
+        constants["BLOCK" if what == "constant" else "num_warps"] = 8
+    launch((1, 1, 1), tuple(tensors), tuple(numbers), (5,), **constants)
+    assert len(kernel.looked) == 2 and not kernel.launched
+
+
+def test_triton_does_it_all_where_something_watches_launches(card):
+    kernel = Kernel()
+    launch = launching.Launcher(kernel)
+    hook = print
+    knobs.runtime.launch_enter_hook.add(hook)
+    try:
+        for _ in range(2):
+            launch((1, 1, 1), (torch.zeros(1), None), (7,), (5,), BLOCK=64)
+    finally:
+        knobs.runtime.launch_enter_hook.remove(hook)
+    assert len(kernel.looked) == 2 and not kernel.launched
+
+
+def test_numbers_without_end_are_not_kept(card, monkeypatch):
+    monkeypatch.setattr(launching, "MOST", 3)
+    launch = launching.Launcher(Kernel())
+    for number in range(9):
+        launch((1, 1, 1), (None, None), (number,), (5,), BLOCK=64)
+    assert len(launch._found) == 3
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 16, 17, 1024, 1025])
+def test_sizes(size):
+    assert launching.next_power_of_2(size) == min(2**i for i in range(12) if 2**i >= size)
+    assert launching.cdiv(size, 16) == len(range(0, size, 16))
+
+
+def test_the_dispatcher_is_passed_by_only_where_nothing_looks_on():
+    x, weight = torch.randn(2, 8), torch.nn.Parameter(torch.ones(8))
+    assert not dispatch.unwatched((x, weight, 1.0, None, "auto"))  # a gradient may be wanted
+    with torch.no_grad():
+        assert dispatch.unwatched((x, weight, 1.0, None, "auto"))
+        with FakeTensorMode() as mode:
+            assert not dispatch.unwatched((x, weight))
+            fake = mode.from_tensor(x)
+        assert not dispatch.unwatched((fake, weight))
+        assert rms_norm(fake, mode.from_tensor(weight)).shape == x.shape
+        assert torch.allclose(torch.vmap(lambda row: row * dispatch.unwatched((row,)))(x), torch.zeros(2, 8))
