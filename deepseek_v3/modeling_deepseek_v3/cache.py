@@ -29,7 +29,7 @@ class LatentCache(DynamicCache):
         max_cache_len: fixed length in tokens, allocated once and written in place (for `torch.compile` and graphs);
             None for storage that grows.
         offloading: keep each layer on the CPU between its uses (CUDA only).
-        dtype: torch.float8_e4m3fn keeps latents as E4M3 codes with a float32 scale for 128 channels
+        dtype: torch.float8_e4m3fn, or its name, keeps latents as E4M3 codes with a float32 scale for 128 channels
             (amax / 448), the rotated keys in the model's dtype: 656 bytes a token and layer for DeepSeek-V3 in BF16.
             Attention reads what the codes stand for, of the newest token too. None keeps the model's dtype.
         sliding_window: each token sees so many slots at most, itself included. Storage that grows stops growing at
@@ -45,9 +45,11 @@ class LatentCache(DynamicCache):
         max_cache_len: int | None = None,
         offloading: bool = False,
         *,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         sliding_window: int | None = None,
     ) -> None:
+        if dtype == "float8_e4m3fn":
+            dtype = torch.float8_e4m3fn
         if dtype not in (None, torch.float8_e4m3fn):
             raise ValueError(f"dtype = {dtype}: a LatentCache keeps the model's own (None) or torch.float8_e4m3fn")
         if sliding_window is not None and sliding_window < 1:

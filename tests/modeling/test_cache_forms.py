@@ -6,13 +6,14 @@ import torch
 
 from deepseek_v3 import LatentCache
 from deepseek_v3.configuration import account, preset
-from deepseek_v3.modeling_deepseek_v3 import attention, graphs
+from deepseek_v3.modeling_deepseek_v3 import attention, cache_growing, graphs
 from deepseek_v3.modeling_deepseek_v3 import model as model_file
 from deepseek_v3.modeling_deepseek_v3.cache_growing import LatentLayer
 from twins import make_model
 
 FP8 = torch.float8_e4m3fn
 CHUNKS = (16, 1, 1, 5, 1)
+KINDS = [{"dtype": FP8}, {"sliding_window": 6}, {"dtype": FP8, "sliding_window": 6}]
 
 
 def same(ours, theirs):
@@ -76,7 +77,7 @@ def test_fp8_bytes_are_those_of_the_accounting():
     assert layer.layers[0]._storage.element_size() * layer.layers[0]._storage.shape[-1] == 656
 
 
-@pytest.mark.parametrize("kind", [{"dtype": FP8}, {"sliding_window": 6}, {"dtype": FP8, "sliding_window": 6}])
+@pytest.mark.parametrize("kind", KINDS)
 def test_rows_and_tails_are_handled_as_in_a_plain_cache(model, tokens, kind):
     def fresh(rows):
         cache = LatentCache(model.config, **kind)
@@ -156,7 +157,8 @@ def test_drafts_are_those_of_plain_decoding_and_generation_goes_on(kind, replaye
     captured = []
     if replayed:
         stand_in(monkeypatch, captured)
-    kwargs = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 330}
+    monkeypatch.setattr(cache_growing, "_ROOM", 8)  # a window soon drops what it does not show
+    kwargs = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 80}
 
     def make():
         return LatentCache(model.config, **kind)
@@ -168,10 +170,124 @@ def test_drafts_are_those_of_plain_decoding_and_generation_goes_on(kind, replaye
     drafted = model.generate(prompt, attention_mask=mask, past_key_values=cache, **kwargs)
     assert torch.equal(drafted, plain)
     assert bool(captured) == replayed
-    wide = torch.nn.functional.pad(mask, (0, 330), value=1)
+    wide = torch.nn.functional.pad(mask, (0, 80), value=1)
     kwargs["max_new_tokens"] = 12
     after = model.generate(drafted, attention_mask=wide, past_key_values=cache, **kwargs)
     assert torch.equal(after, model.generate(drafted, attention_mask=wide, past_key_values=make(), **kwargs))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {},
+        {"cache_implementation": "static", "disable_compile": True},
+        {"use_mtp": True, "num_assistant_tokens": 2},
+        {"use_mtp": True, "num_assistant_tokens": 2, "cache_implementation": "static"},
+        {"num_beams": 2},
+        {"prompt_lookup_num_tokens": 3},
+    ],
+    ids=lambda kwargs: ", ".join(kwargs),
+)
+def test_generate_makes_the_cache_that_cache_config_names(kind, kwargs, monkeypatch):
+    model = make_model(vocab_size=6, pad_token_id=2, eos_token_id=None, num_nextn_predict_layers=1)
+    rows = 1 if "prompt_lookup_num_tokens" in kwargs else 3
+    prompt = torch.randint(3, 6, (rows, 11), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones_like(prompt)
+    if rows > 1:
+        mask[1, :4], prompt[1, :4] = 0, 2
+    made, start = [], LatentCache.__init__
+
+    def note(cache, *arguments, **options):
+        made.append(cache)
+        start(cache, *arguments, **options)
+
+    monkeypatch.setattr(LatentCache, "__init__", note)
+    kwargs = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 20, **kwargs}
+    named = {name: "float8_e4m3fn" if value is FP8 else value for name, value in kind.items()}
+    ours = model.generate(prompt, cache_config=named, **kwargs)
+    assert [(cache.dtype, cache.sliding_window) for cache in made] == [(kind.get("dtype"), kind.get("sliding_window"))]
+    assert (made[0].max_cache_len is not None) == ("cache_implementation" in kwargs)
+    if "dtype" in kind:
+        rounded(monkeypatch)
+    if "num_beams" in kwargs:  # a full cache is not what a window's beams see
+        given = LatentCache(model.config, sliding_window=kind.get("sliding_window"))
+        assert torch.equal(ours, model.generate(prompt, past_key_values=given, **kwargs))
+    else:
+        assert torch.equal(ours, greedy(model, prompt, mask, kind.get("sliding_window", 99)))
+
+
+def greedy(model, prompt, mask, window):
+    """20 tokens more, each from a forward over the whole text under a band mask."""
+    for _ in range(20):
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        seen = band(window, mask.bool())(0, prompt.shape[1])
+        with torch.inference_mode():
+            logits = model(
+                prompt, attention_mask=seen, position_ids=positions, past_key_values=LatentCache(model.config)
+            ).logits
+        prompt = torch.cat((prompt, logits[:, -1:].argmax(-1)), dim=1)
+        mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+    return prompt
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_a_conversation_goes_on_from_a_returned_cache(kind, drafts, monkeypatch):
+    monkeypatch.setattr(cache_growing, "_ROOM", 8)
+    model = make_model(vocab_size=6, pad_token_id=2, eos_token_id=None, num_nextn_predict_layers=1)
+    prompt = torch.randint(3, 6, (2, 9), generator=torch.Generator().manual_seed(4))
+    kwargs = {"do_sample": False, "cache_config": kind, "return_dict_in_generate": True}
+    if drafts:
+        kwargs |= {"use_mtp": True, "num_assistant_tokens": drafts}
+    first = model.generate(prompt, max_new_tokens=50, attention_mask=torch.ones_like(prompt), **kwargs)
+    turn = torch.cat((first.sequences, prompt), dim=1)
+    kwargs |= {"max_new_tokens": 12, "attention_mask": torch.ones_like(turn)}
+    after = model.generate(turn, past_key_values=first.past_key_values, **kwargs)
+    assert after.past_key_values is first.past_key_values
+    assert torch.equal(after.sequences, model.generate(turn, **kwargs).sequences)
+    if "sliding_window" in kind:
+        with pytest.raises(ValueError, match="sliding_window = 6 has dropped"):
+            after.past_key_values.crop(-60)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("drafts", [0, 1])
+def test_a_compiled_model_decodes_over_a_fixed_cache_of_a_kind(kind, drafts, fresh_compiler):
+    model = make_model(vocab_size=40, pad_token_id=2, eos_token_id=None, num_nextn_predict_layers=1)
+    prompt = torch.randint(3, 40, (2, 9), generator=torch.Generator().manual_seed(4))
+    mask = torch.ones_like(prompt)
+    mask[0, :3] = 0
+    kwargs = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "cache_config": kind}
+    expected = model.generate(prompt, **kwargs)
+    model.forward = torch.compile(model.forward, backend="eager")
+    if drafts:
+        kwargs |= {"use_mtp": True, "num_assistant_tokens": drafts}
+    assert torch.equal(model.generate(prompt, cache_implementation="static", **kwargs), expected)
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()  # the limit on recompiling a forward counts across tests
+
+
+def test_the_choice_of_a_cache_is_saved_with_the_model(tmp_path):
+    model = make_model(pad_token_id=2)
+    model.generation_config.cache_config = {"dtype": FP8, "sliding_window": 7}
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    kwargs = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True}
+    cache = again.generate(torch.tensor([[5, 6]]), **kwargs).past_key_values
+    assert (cache.dtype, cache.sliding_window) == (FP8, 7)
+    given = LatentCache(model.config)
+    assert again.generate(torch.tensor([[5, 6]]), past_key_values=given, **kwargs).past_key_values is given
+    with pytest.raises(ValueError, match="cache_config holds 'nbits'"):
+        again.generate(torch.tensor([[5, 6]]), cache_config={"nbits": 4}, **kwargs)
+    with pytest.raises(ValueError, match="dtype = int4"):
+        again.generate(torch.tensor([[5, 6]]), cache_config={"dtype": "int4"}, **kwargs)
 
 
 def stand_in(monkeypatch, captured):
