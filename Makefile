@@ -10,7 +10,7 @@ demo: $(STAMP)
 	$(BIN)/deepseek-v3 demo --output runs/demo
 
 test: $(STAMP) lint
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check -q .

@@ -25,10 +25,12 @@ from .quantize import (
     transpose_codes,
 )
 from .step import absorb_outputs, absorb_queries, norm_and_write, rope_angles
+from .tuning import autotune
 
 __all__ = [
     "absorb_outputs",
     "absorb_queries",
+    "autotune",
     "BackendRow",
     "BackendTable",
     "backends",

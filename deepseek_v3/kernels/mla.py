@@ -8,6 +8,7 @@ attention with one key of C + R numbers and one value, the latent itself.
 import torch
 
 from . import dispatch
+from .fp8 import FP8_CARD
 from .reference import mla as reference
 from .reference.mla import SCALE_GROUP
 
@@ -44,6 +45,9 @@ def _shape_reason(
     # Within a tile of 64 slots the kernels count in 32 bits.
     if max(latent.stride(1), rope.stride(1)) >= 1 << 25:
         return "slots 2**25 elements or more apart; make the cache contiguous"
+    if latent.dtype == torch.float8_e4m3fn and latent.is_cuda:
+        card = dispatch.cuda_reason(latent.device, FP8_CARD)
+        return card and f"FP8 latents: {card}"
     return None
 
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from deepseek_v3 import kernels
 from deepseek_v3.kernels import dispatch, mla_decode, quantize_activation
@@ -429,3 +430,17 @@ def test_mistakes_are_named(change, words):
     arguments = {name: torch.randn(shape) for name, shape in shapes.items()} | change
     with pytest.raises(ValueError, match=words):
         mla_decode(**arguments, scale=1.0)
+
+
+@pytest.mark.parametrize(("card", "words"), [((8, 6), "FP8 latents: needs compute capability 8.9"), ((8, 9), None)])
+def test_cards_without_fp8_read_fp8_latents_through_torch(monkeypatch, card, words):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(dispatch, "capability", lambda index: card)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        queries = torch.empty(1, 1, 16, 512, dtype=torch.bfloat16, device="cuda")
+        rope = torch.empty(1, 8, 64, dtype=torch.bfloat16, device="cuda")
+        codes = torch.empty(1, 8, 512, dtype=torch.float8_e4m3fn, device="cuda")
+        wide = torch.empty(1, 8, 512, dtype=torch.bfloat16, device="cuda")
+    assert _shape_reason(queries, rope, wide) is None
+    found = _shape_reason(queries, rope, codes)
+    assert found is None if words is None else found.startswith(words)

@@ -1,31 +1,18 @@
 """Launchers of the FP8 products and of the quantisers."""
 
-from typing import NamedTuple
+from functools import partial
 
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..reference.fp8 import GROUP, padded_groups
 from ..reference.quantize import AMAX_FLOOR
+from ..tuning import active, bucket
 from .fp8 import fp8_grouped_columns, fp8_matmul
 from .launch_mla import tma_ready
 from .launching import cdiv, next_power_of_2
 from .quantize import quantize_blocks, quantize_columns, quantize_rows, transpose_tiles
-
-ROWS, COLUMNS, BAND = 64, 128, 32
-
-
-class Sweep(NamedTuple):
-    """Tiles of the experts' weight gradient: rows and columns of one, how many a program makes, Triton's numbers."""
-
-    rows: int = 64
-    columns: int = 128
-    sweep: int = 7
-    warps: int = 4
-    stages: int = 2
-
-
-WGRAD = Sweep()
+from .tilings import FP8_DENSE, WGRAD, tuned
 
 
 def _tiles(left, right, rows, columns):
@@ -38,25 +25,35 @@ def _tiles(left, right, rows, columns):
     )
 
 
-def fp8_gemm(a, a_scale, b, b_scale, out, add):
+def fp8_gemm(a, a_scale, b, b_scale, out, add, tiling=None):
     """Writes a @ b.T into ``out`` [M, N], or adds it; see ``deepseek_v3.kernels.fp8_gemm``."""
     (rows, depth), columns = a.shape, b.shape[0]
     if not out.numel():
         return out
-    a_tiles, b_tiles = _tiles(a, b, ROWS, COLUMNS)
-    fp8_matmul[(cdiv(rows, ROWS) * cdiv(columns, COLUMNS),)](
+    by_row = b_scale.shape[0] == columns
+    if tiling is None:
+        spare = torch.empty_like(out) if active() and add else out
+        again = partial(fp8_gemm, a, a_scale, b, b_scale, spare, add)
+        sizes = {"rows": bucket(rows), "w": b.shape, "by_row": by_row, "add": add, "out": out.dtype}
+        tiling = tuned("fp8_matmul", FP8_DENSE, b, again, **sizes)
+    a_tiles, b_tiles = _tiles(a, b, tiling.rows, tiling.columns)
+    fp8_matmul[(cdiv(rows, tiling.rows) * cdiv(columns, tiling.columns),)](
         a, b, out, a_tiles, b_tiles, a_scale, b_scale,
         rows, columns, depth, a.stride(0), b.stride(0), out.stride(0), *a_scale.stride(), *b_scale.stride(),
-        BLOCK_M=ROWS, BLOCK_N=COLUMNS, BAND=BAND, TMA=a_tiles is not None,
-        BY_ROW=b_scale.shape[0] == columns, ADD=add, num_warps=4, num_stages=3,
+        BLOCK_M=tiling.rows, BLOCK_N=tiling.columns, BAND=tiling.band, TMA=a_tiles is not None,
+        BY_ROW=by_row, ADD=add, num_warps=tiling.warps, num_stages=tiling.stages,
     )  # fmt: skip
     return out
 
 
-def grouped_fp8_wgrad(dy, dy_scale, x, x_scale, offsets, dtype, tiling=WGRAD):
+def grouped_fp8_wgrad(dy, dy_scale, x, x_scale, offsets, dtype, tiling=None):
     """See ``deepseek_v3.kernels.grouped_fp8_wgrad``."""
     experts, columns, depth = offsets.numel() - 1, dy.shape[0], x.shape[0]
     out = torch.empty(experts, columns, depth, dtype=dtype, device=x.device)
+    if tiling is None:
+        again = partial(grouped_fp8_wgrad, dy, dy_scale, x, x_scale, offsets, dtype)
+        sizes = {"rows": bucket(dy.shape[1]), "w": (experts, columns, depth), "out": dtype}
+        tiling = tuned("fp8_grouped_columns", WGRAD, x, again, **sizes)
     dy_tiles, x_tiles = _tiles(dy, x, tiling.rows, tiling.columns)
     out_tiles, flat = None, out.view(-1, depth)
     # The experts' matrices as one: a tile may not reach into the next one's rows.

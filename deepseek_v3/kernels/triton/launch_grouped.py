@@ -1,40 +1,20 @@
 """Launchers of the grouped matrix products: tile shapes by the number of rows an expert can expect."""
 
-from dataclasses import dataclass
+from functools import partial
 
 import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..dispatch import capability
+from ..tuning import bucket
 from .grouped import grouped_columns, grouped_few, grouped_rows, grouped_step
 from .launch_mla import scratch, tma_ready
 from .launching import Launcher, cdiv, next_power_of_2
+from .tilings import COLUMNS, FEW, FEW_SWIGLU, FP8_MANY, MANY, PLAIN, SOME, is_small, tuned
 
 _few, _step = Launcher(grouped_few), Launcher(grouped_step)
 
 
-@dataclass(frozen=True)
-class Tiling:
-    """rows, columns, depth of a tile; stages, warps: Triton's; band: row tiles that share weights in a row."""
-
-    rows: int
-    columns: int
-    depth: int
-    stages: int
-    warps: int
-    band: int = 8
-
-
-MANY = Tiling(rows=128, columns=256, depth=64, stages=4, warps=8)
-SOME = Tiling(rows=64, columns=256, depth=64, stages=4, warps=8)
-# Three programs a multiprocessor: the products of the others hide one's float32 promotion.
-FP8_MANY = Tiling(rows=64, columns=128, depth=128, stages=3, warps=4, band=4)
-COLUMNS = Tiling(rows=64, columns=256, depth=128, stages=3, warps=8)
-FEW = Tiling(rows=16, columns=64, depth=128, stages=4, warps=4)
-FEW_SWIGLU = Tiling(rows=16, columns=64, depth=128, stages=3, warps=4)
-# Float32 and cards before Hopper: no asynchronous products, less shared memory.
-PLAIN = Tiling(rows=32, columns=32, depth=32, stages=2, warps=4)
 # Up to so many rows an expert on average, the time is that of reading the weights.
 FEW_ROWS = 16
 
@@ -53,10 +33,6 @@ def _precision(tensor: torch.Tensor) -> str:
     return "ieee" if tensor.dtype == torch.float32 else "tf32"
 
 
-def _small(tensor: torch.Tensor) -> bool:
-    return tensor.dtype == torch.float32 or (tensor.is_cuda and capability(tensor.device.index) < (9, 0))
-
-
 def grouped_gemm(x, w, offsets, transposed, out_dtype=None, x_scale=None, w_scale=None, tiling=None):
     """See ``deepseek_v3.kernels.grouped_gemm`` and ``grouped_fp8_gemm``; last dimensions are dense."""
     pairs, depth = x.shape
@@ -68,8 +44,11 @@ def grouped_gemm(x, w, offsets, transposed, out_dtype=None, x_scale=None, w_scal
     if not transposed and is_few(pairs, experts) and tiling is None:
         return grouped_rows_few(x, w, offsets, None, 1, False, out, x_scale, w_scale)
     if tiling is None:
-        tiling = FP8_MANY if fp8 else PLAIN if _small(x) else SOME if pairs < 96 * experts else MANY
-    tma = not _small(x) and tma_ready(x) and tma_ready(w)
+        default = FP8_MANY if fp8 else PLAIN if is_small(x) else SOME if pairs < 96 * experts else MANY
+        again = partial(grouped_gemm, x, w, offsets, transposed, out_dtype, x_scale, w_scale)
+        kernel = "grouped_rows_fp8" if fp8 else "grouped_rows"
+        tiling = tuned(kernel, default, w, again, rows=bucket(pairs), w=w.shape, transposed=transposed)
+    tma = not is_small(x) and tma_ready(x) and tma_ready(w)
     x_tiles = w_tiles = None
     if tma:
         x_tiles = TensorDescriptor(x, list(x.shape), list(x.stride()), [tiling.rows, tiling.depth])
@@ -93,7 +72,9 @@ def grouped_rows_few(x, w, offsets, order, top_k, swiglu, out, x_scale=None, w_s
     pairs, columns = out.shape
     experts, fp8 = w.shape[0], x_scale is not None
     if tiling is None:
-        tiling = FEW_SWIGLU if swiglu else FEW
+        default = FEW_SWIGLU if swiglu else FEW
+        again = partial(grouped_rows_few, x, w, offsets, order, top_k, swiglu, out, x_scale, w_scale)
+        tiling = tuned("grouped_few", default, w, again, rows=bucket(pairs), w=w.shape, swiglu=swiglu)
     programs = _row_tiles(pairs, experts, tiling.rows) * cdiv(columns, tiling.columns)
     _few(
         (programs, 1, 1), (x, w, out, offsets, order, x_scale, w_scale),
@@ -106,7 +87,7 @@ def grouped_rows_few(x, w, offsets, order, top_k, swiglu, out, x_scale=None, w_s
     return out
 
 
-def experts_step(x, w, out, offsets, order, top_k, swiglu, shared, first, tokens):
+def experts_step(x, w, out, offsets, order, top_k, swiglu, shared, first, tokens, tiling=None):
     """``grouped_rows_few`` with the shared experts' rows behind the pairs': shared is (gate, up) or (down, down).
 
     offsets None: the pairs of one token lie in order, and ``order`` holds their experts. first: the shared experts'
@@ -114,7 +95,11 @@ def experts_step(x, w, out, offsets, order, top_k, swiglu, shared, first, tokens
     """
     experts, columns, depth = w.shape[0], w.shape[1] // 2 if swiglu else w.shape[1], w.shape[2]
     pairs = order.numel() if offsets is None else out.shape[0] - tokens
-    tiling = FEW_SWIGLU if swiglu else FEW
+    if tiling is None:
+        default = FEW_SWIGLU if swiglu else FEW
+        again = partial(experts_step, x, w, out, offsets, order, top_k, swiglu, shared, first, tokens)
+        sizes = {"rows": bucket(pairs), "w": w.shape, "swiglu": swiglu, "shared": shared[0].shape[0]}
+        tiling = tuned("grouped_few", default, w, again, **sizes)
     tiles = pairs if offsets is None else _row_tiles(pairs, experts, tiling.rows)
     of_shared = cdiv(shared[0].shape[0], tiling.columns) * cdiv(tokens, tiling.rows)
     _step(
@@ -134,8 +119,10 @@ def grouped_wgrad(dy, x, offsets, dtype, tiling=None):
     if not out.numel():
         return out
     if tiling is None:
-        tiling = PLAIN if _small(x) else COLUMNS
-    tma = not _small(x) and tma_ready(x) and tma_ready(dy)
+        default = PLAIN if is_small(x) else COLUMNS
+        again = partial(grouped_wgrad, dy, x, offsets, dtype)
+        tiling = tuned("grouped_columns", default, x, again, rows=bucket(x.shape[0]), w=(experts, columns, depth))
+    tma = not is_small(x) and tma_ready(x) and tma_ready(dy)
     if tma and x.is_cuda:
         triton.set_allocator(scratch)
     tiles = cdiv(columns, tiling.depth) * cdiv(depth, tiling.columns)

@@ -1,15 +1,28 @@
 """Launcher of the absorbed MLA decode: tile sizes by the number of query rows, splits by the size of the card."""
 
+import functools
 import math
-from dataclasses import dataclass
 
 import torch
 import triton
 
 from ..dispatch import capability, processors
+from ..tuning import bucket
 from .launching import cdiv, next_power_of_2
 from .mla import mla_combine, mla_split
 from .mla_fp8 import mla_split_fp8, widen_latents
+from .tilings import (
+    FEW_ROWS,
+    FEW_ROWS_FP8,
+    FEW_ROWS_FP8_BY_HAND,
+    MANY_ROWS,
+    MANY_ROWS_BY_HAND,
+    MANY_ROWS_POINTERS,
+    SMALL_CARD,
+    SOME_ROWS,
+    AttentionTiling,
+    tuned,
+)
 
 NO_WINDOW = 1 << 30
 # Query rows times cached slots up to which the two halves are the faster ones: 128 heads over 16,384 slots.
@@ -17,37 +30,7 @@ LITTLE = 128 << 14
 LOG2_E = 1.4426950408889634
 
 
-@dataclass(frozen=True)
-class Tiling:
-    """rows, slots: tile of queries and of cached tokens; halves: output parts; stages, warps: Triton's.
-
-    tma: the cache is read by the copy engine; gluon: the kernel written for Hopper by hand.
-    """
-
-    rows: int
-    slots: int
-    halves: int
-    stages: int
-    warps: int
-    tma: bool
-    gluon: bool = False
-
-
-# Few rows are bound by memory: a 16-row tile and deep asynchronous copies. Many rows are bound by arithmetic: 64-row
-# tiles, half of the output each.
-FEW_ROWS = Tiling(rows=16, slots=64, halves=1, stages=3, warps=4, tma=False)
-SOME_ROWS = Tiling(rows=32, slots=64, halves=1, stages=3, warps=4, tma=False)
-MANY_ROWS = Tiling(rows=64, slots=64, halves=2, stages=2, warps=4, tma=True)
-FEW_ROWS_FP8_BY_HAND = Tiling(rows=16, slots=64, halves=1, stages=2, warps=8, tma=True, gluon=True)
-MANY_ROWS_BY_HAND = Tiling(rows=64, slots=64, halves=1, stages=2, warps=8, tma=True, gluon=True)
-MANY_ROWS_POINTERS = Tiling(rows=64, slots=64, halves=2, stages=2, warps=4, tma=False)
-# FP8 tiles pass through registers: eight warps have room for this one and the next.
-FEW_ROWS_FP8 = Tiling(rows=16, slots=64, halves=1, stages=1, warps=8, tma=False)
-# Cards before Hopper hold 100 KB of shared memory or a little more.
-SMALL_CARD = Tiling(rows=16, slots=32, halves=1, stages=2, warps=4, tma=False)
-
-
-def tiling_for(rows: int, rank: int, fp8: bool, hopper: bool, aligned: bool, by_hand: bool) -> Tiling:
+def tiling_for(rows: int, rank: int, fp8: bool, hopper: bool, aligned: bool, by_hand: bool) -> AttentionTiling:
     """The tiling for ``rows`` queries a batch row and latents of ``rank``; ``aligned``: TMA can read the cache.
 
     by_hand: the card and the sizes suit the hand-written kernel.
@@ -81,7 +64,7 @@ def scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
-def splits_for(programs: int, slots: int, tiling: Tiling, multiprocessors: int) -> int:
+def splits_for(programs: int, slots: int, tiling: AttentionTiling, multiprocessors: int) -> int:
     """Splits of the cached length so that about one program falls to each multiprocessor, and no more."""
     return max(1, min(multiprocessors // programs, math.ceil(slots / tiling.slots)))
 
@@ -107,6 +90,10 @@ def choose_tiling(q_latent, latent, rope, fp8):
     # Where there is little to do, halves make more programs, which matters more than doing nothing twice.
     by_hand = by_hand and (fp8 or batch * rows * latent.shape[1] > LITTLE)
     return tiling_for(rows, rank, fp8, card >= (9, 0), tma_ready(latent) and tma_ready(rope), by_hand)
+
+
+# What the list of a fixed tiling is called; the others have none.
+LISTED = {FEW_ROWS: "mla_few", SMALL_CARD: "mla_few", MANY_ROWS_BY_HAND: "mla_by_hand"}
 
 
 def _split(grid, tiling, q_latent, q_rope, latent, rope, latent_scale, lengths, starts, partial, partial_lse, sizes):
@@ -146,6 +133,14 @@ def mla_decode(q_latent, q_rope, latent, rope, scale, lengths, starts, latent_sc
         latent_scale = None
     if tiling is None:
         tiling = choose_tiling(q_latent, latent, rope, latent_scale is not None)
+        if tiling in LISTED:
+            again = functools.partial(
+                mla_decode, q_latent, q_rope, latent, rope, scale, lengths, starts, latent_scale, sliding_window
+            )
+            listed = LISTED[tiling]
+            tiling = tuned(
+                listed, tiling, latent, again, batch=bucket(batch), rows=rows, slots=bucket(slots), rank=rank
+            )
     tiles = cdiv(rows, tiling.rows) * tiling.halves
     splits = splits_for(tiles * batch, slots, tiling, processors(device.index) if on_gpu else 7)
     out = torch.empty(q_latent.shape, dtype=q_latent.dtype, device=device)

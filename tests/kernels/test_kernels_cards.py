@@ -1,0 +1,78 @@
+"""The fixed tilings on cards before Hopper, none of which is at hand: each kernel is compiled for one, down to machine
+code, and must fit into its shared memory."""
+
+import pytest
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from deepseek_v3.kernels.triton import fp8, grouped, mla, mla_fp8, tilings
+
+# Shared memory that a program may have, bytes: CUDA C++ Programming Guide, compute capabilities.
+ROOM = {86: 99 << 10, 89: 99 << 10}
+BF16, CODES, FLOAT, INT = "*bf16", "*fp8e4nv", "*fp32", "*i32"
+EXPERTS = {"BLOCK_E": 512, "PRECISION": "tf32"}
+ROWS = {"x": BF16, "w": BF16, "out": BF16, "offsets": INT}
+NO_SCALES = {"x_scale": None, "w_scale": None}
+SCALES = {"x_scale": FLOAT, "w_scale": FLOAT}
+CACHE = {"q_latent": BF16, "q_rope": BF16, "rope": BF16, "lengths": INT, "starts": INT, "out": FLOAT, "lse": FLOAT}
+
+
+def tile(tiling):
+    return {"BLOCK_M": tiling.rows, "BLOCK_N": tiling.columns, "BLOCK_K": tiling.depth}
+
+
+def few(swiglu):
+    tiling = tilings.FEW_SWIGLU if swiglu else tilings.FEW
+    constants = EXPERTS | NO_SCALES | tile(tiling) | {"GATHER": True, "SWIGLU": swiglu, "FP8": False}
+    return grouped.grouped_few, ROWS | {"order": "*i64"}, constants, tiling
+
+
+def many(tiling, fp8_codes):
+    kinds = ROWS | SCALES | {"x": CODES, "w": CODES} if fp8_codes else ROWS
+    constants = EXPERTS | ({} if fp8_codes else NO_SCALES) | tile(tiling) | {"x_tiles": None, "w_tiles": None}
+    constants |= {"GROUP_M": tiling.band, "FP8": fp8_codes, "TMA": False, "TRANSPOSED": False}
+    return grouped.grouped_rows, kinds, constants, tiling
+
+
+def decode(fp8_codes):
+    tiling = tilings.SMALL_CARD
+    kinds = CACHE | {"latent": CODES if fp8_codes else BF16, "latent_scale": FLOAT, "scale_log2": "fp32"}
+    constants = {"C": 512, "R": 64, "BLOCK_M": tiling.rows, "BLOCK_N": tiling.slots, "LENGTHS": True, "STARTS": True}
+    if fp8_codes:
+        return mla_fp8.mla_split_fp8, kinds, constants, tiling
+    return mla.mla_split, kinds, constants | {"HALVES": 1, "TMA": False, "STAGES": tiling.stages}, tiling
+
+
+def dense():
+    kinds = {"a": CODES, "b": CODES, "out": BF16, "a_scale": FLOAT, "b_scale": FLOAT}
+    constants = {"BLOCK_M": 64, "BLOCK_N": 128, "BAND": 32, "a_tiles": None, "b_tiles": None}
+    return fp8.fp8_matmul, kinds, constants | {"TMA": False, "BY_ROW": False, "ADD": False}, tilings.FP8_DENSE
+
+
+@pytest.mark.parametrize(
+    ("card", "launch"),
+    [
+        (86, few(swiglu=False)),
+        (86, few(swiglu=True)),
+        (86, many(tilings.PLAIN, fp8_codes=False)),
+        (86, decode(fp8_codes=False)),
+        (89, many(tilings.FP8_MANY, fp8_codes=True)),
+        (89, decode(fp8_codes=True)),
+        (89, dense()),
+    ],
+    ids=["few", "few-swiglu", "rows", "decode", "rows-fp8", "decode-fp8", "dense-fp8"],
+)
+def test_the_fixed_tiling_fits_the_card(card, launch):
+    kernel, kinds, constants, tiling = launch
+    signature, divisible = {}, {}
+    for place, parameter in enumerate(kernel.params):
+        name = parameter.name
+        signature[name] = "constexpr" if name in constants else kinds.get(name, "i32")
+        if signature[name] not in ("constexpr", "fp32"):
+            divisible[(place,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=divisible)
+    options = {"num_warps": tiling.warps, "num_stages": tiling.stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", card, 32), options=options)
+    assert len(compiled.asm["cubin"]) > 1000
+    assert 0 < compiled.metadata.shared <= ROOM[card]
