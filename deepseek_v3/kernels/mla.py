@@ -29,11 +29,9 @@ def reasons(device: torch.device) -> dispatch.Reasons:
 dispatch.OPERATIONS[OPERATION] = reasons
 
 
-def _shape_reason(
-    q_latent: torch.Tensor, rope: torch.Tensor, latent: torch.Tensor, latent_scale: torch.Tensor | None
-) -> str | None:
+def _shape_reason(q_latent: torch.Tensor, rope: torch.Tensor, latent: torch.Tensor) -> str | None:
     """Why these inputs are none for the Triton kernel."""
-    if latent_scale is not None and latent.shape[2] % SCALE_GROUP:
+    if latent.dtype == torch.float8_e4m3fn and latent.shape[2] % SCALE_GROUP:
         return f"an FP8 latent whose kv_lora_rank {latent.shape[2]} is not a multiple of {SCALE_GROUP}"
     if q_latent.dtype not in (torch.bfloat16, torch.float16):
         return f"queries of {q_latent.dtype}; the kernel takes bfloat16 and float16"
@@ -104,7 +102,7 @@ def _fake(q_latent, q_rope, latent, rope, scale, lengths, starts, latent_scale, 
 )
 def _run(q_latent, q_rope, latent, rope, scale, lengths, starts, latent_scale, sliding_window, backend):
     table = reasons(q_latent.device)
-    table["triton"] = table["triton"] or _shape_reason(q_latent, rope, latent, latent_scale)
+    table["triton"] = table["triton"] or _shape_reason(q_latent, rope, latent)
     table["flash_mla"] = table["flash_mla"] or _flash_mla_reason(
         q_latent, q_rope, latent, rope, starts, latent_scale, sliding_window
     )

@@ -7,6 +7,7 @@ B batch, T query tokens, S slots of the cache, H heads, C kv_lora_rank, R qk_rop
 import torch
 
 from . import dispatch
+from .fp8 import FP8_CARD
 from .reference import norm as reference
 
 OPERATION = "norm_rope"
@@ -156,7 +157,7 @@ def _write(latent, rope, compressed, weight, eps, cos, sin, slots, interleave, s
 
 def coding_reason(scale: torch.Tensor | None) -> str | None:
     """Why no kernel writes codes where their scales are to go: a card may have no casts to E4M3."""
-    return None if scale is None else dispatch.triton_reason(scale.device, (8, 9))
+    return None if scale is None else dispatch.triton_reason(scale.device, FP8_CARD)
 
 
 def check_write(

@@ -399,7 +399,7 @@ def test_slots_too_far_apart_for_32_bits_are_refused():
     def reason(stride):
         latent, rope = (torch.empty_strided((2, 4, n), (n, stride, 1), device="meta") for n in (512, 64))
         q = torch.empty(2, 1, 16, 512, dtype=torch.bfloat16, device="meta")
-        return _shape_reason(q, rope, latent, None)
+        return _shape_reason(q, rope, latent)
 
     assert reason((1 << 25) - 1) is None and "contiguous" in reason(1 << 25)
 
