@@ -216,12 +216,8 @@ class Drafter:
             spans = None
         else:
             low, extent = rows.reach(offset, queries.shape[1])
-            layer = self.first_layer + module
-            spans = (
-                None
-                if graphs is None
-                else graphs.row_spans(self.cache.layers[layer], slots, extent, self.cache.mtp_start)
-            )
+            layers = self.cache.layers[self.first_layer + module :][:1]
+            spans = None if graphs is None else graphs.row_spans(layers, slots, extent, self.cache.mtp_start)
         mask = None
         if spans is None:
             mask = rows.visible(slots, self.cache.shown(extent), self.cache.mtp_start, self.cache.sliding_window)

@@ -186,8 +186,8 @@ class SpeculativeDecoder:
         slots = rows.n[:, None] + torch.arange(drafts + 1, device=rows.n.device)
         low, extent = min(rows.stands) + drafts + 1, max(rows.stands) + drafts + 1
         shown, window = self.cache.shown(extent), self.cache.sliding_window
-        graphs = self.cache.graphs
-        spans = None if graphs is None else graphs.row_spans(self.cache.layers[0], slots, extent)
+        graphs, layers = self.cache.graphs, self.cache.layers[: self.model.config.num_hidden_layers]
+        spans = None if graphs is None else graphs.row_spans(layers, slots, extent)
         with self.cache.rows(RowSlots(slots, slots[:, -1] + 1, low, extent)):
             output = self.model(
                 input_ids=tokens,

@@ -64,15 +64,13 @@ class DecodeGraphs:
         if not self.take(tokens) or not isinstance(layer, LatentLayer) or not layer.is_initialized:
             return None
         seen = layer.get_seq_length()
-        for main in cache.layers[: cache.config.num_hidden_layers]:
-            main.reserve(seen + tokens)  # type: ignore[attr-defined]  # before slots are told from where storage begins
         slots = torch.arange(seen, seen + tokens, device=layer.device).expand(batch, -1)
-        return self._within(layer, slots, self.starts, seen + tokens)
+        return self._within(cache.layers[: cache.config.num_hidden_layers], slots, self.starts, seen + tokens)
 
-    def row_spans(self, layer: Any, slots: torch.Tensor, extent: int, least: int = 0) -> Spans | None:
+    def row_spans(self, layers: list[Any], slots: torch.Tensor, extent: int, least: int = 0) -> Spans | None:
         """As `spans` where rows write to [B, T] slots of their own below `extent` and see none before `least`.
 
-        layer: a layer of the cache's that is written to.
+        layers: the cache's layers that are written to.
         """
         if not self.take(slots.shape[1]):
             return None
@@ -80,11 +78,14 @@ class DecodeGraphs:
         if least:
             floor = torch.full((len(slots),), least, dtype=torch.int32, device=slots.device)
             starts = floor if starts is None else torch.maximum(starts, floor)
-        return self._within(layer, slots, starts, extent)
+        return self._within(layers, slots, starts, extent)
 
     @staticmethod
-    def _within(layer: LatentLayer, slots: torch.Tensor, starts: torch.Tensor | None, extent: int) -> Spans:
-        """Spans of the layer's whole storage, wherever it begins at the time of the step."""
+    def _within(layers: list[Any], slots: torch.Tensor, starts: torch.Tensor | None, extent: int) -> Spans:
+        """Spans of the layers' whole storage, wherever it begins at the time of the step."""
+        for layer in layers:
+            layer.reserve(extent)  # which may move where storage begins
+        layer = layers[0]
         if layer.place is not None:
             slots = slots - layer.place
             starts = None if starts is None else (starts - layer.place).clamp(min=0).int()

@@ -170,6 +170,10 @@ def test_drafts_are_those_of_plain_decoding_and_generation_goes_on(kind, replaye
     drafted = model.generate(prompt, attention_mask=mask, past_key_values=cache, **kwargs)
     assert torch.equal(drafted, plain)
     assert bool(captured) == replayed
+    # Scores keep the step as a whole out of a graph; its forwards are replayed one by one.
+    record = {"output_scores": True, "return_dict_in_generate": True}
+    recorded = model.generate(prompt, attention_mask=mask, past_key_values=make(), **record, **kwargs)
+    assert torch.equal(recorded.sequences, plain)
     wide = torch.nn.functional.pad(mask, (0, 80), value=1)
     kwargs["max_new_tokens"] = 12
     after = model.generate(drafted, attention_mask=wide, past_key_values=cache, **kwargs)
