@@ -337,6 +337,23 @@ def test_what_a_form_cannot_do_is_refused(model, tokens):
         model(tokens[:, 20:22], attention_mask=torch.ones(2, 1, 2, 22).bool(), past_key_values=cache)
 
 
+def test_gradients_flow_through_a_window(tokens, monkeypatch):
+    monkeypatch.setattr(cache_growing, "_ROOM", 2)  # so that the first chunk outgrows it
+    model = make_model(num_hidden_layers=2).train()
+    gradients = []
+    for cache, mask in ((LatentCache(model.config, sliding_window=4), None), (LatentCache(model.config), band(4))):
+        model.zero_grad()
+        total, start = 0.0, 0
+        for end in (16, 19, 24):
+            given = None if mask is None else mask(start, end)
+            total = total + model(tokens[:, start:end], attention_mask=given, past_key_values=cache).logits.sum()
+            start = end
+        total.backward()
+        gradients.append(model.model.layers[0].self_attn.kv_a_proj_with_mqa.weight.grad.clone())
+    assert gradients[0].norm() > 0
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4)
+
+
 class Largest(torch.utils._python_dispatch.TorchDispatchMode):
     """The largest tensor that any operation gives, in bytes."""
 
