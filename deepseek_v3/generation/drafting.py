@@ -70,14 +70,18 @@ class Rows:
         inside = self.prompt_positions.gather(1, slots.clamp(0, self.prompt_positions.shape[1] - 1))
         return torch.where(slots < self.prompt_end[:, None], inside, last + 1 + slots - self.prompt_end[:, None])
 
-    def visible(self, queries: torch.Tensor, extent: int, start: int = 0) -> torch.Tensor:
-        """[B, 1, T, extent] mask: what a query in each of `queries` [B, T] slots may look at, from slot `start`."""
-        slots = torch.arange(extent, device=queries.device)
-        real = slots[None] >= self.prompt_end[:, None]  # [B, extent]
-        inside = min(extent, self.prompt_mask.shape[1])
-        real[:, :inside] |= self.prompt_mask[:, :inside]
+    def visible(self, queries: torch.Tensor, shown: range, start: int = 0, window: int | None = None) -> torch.Tensor:
+        """[B, 1, T, len(shown)] mask: which of the slots `shown` a query in each of `queries` [B, T] slots may look
+        at, from slot `start` and in its `window`."""
+        slots = torch.arange(shown.start, shown.stop, device=queries.device)
+        real = slots[None] >= self.prompt_end[:, None]  # [B, S]
+        inside = self.prompt_mask[:, shown.start : shown.stop]
+        real[:, : inside.shape[1]] |= inside
         real &= slots >= start
-        return (real[:, None] & (slots <= queries[..., None]))[:, None]
+        seen = real[:, None] & (slots <= queries[..., None])
+        if window is not None:
+            seen &= slots > queries[..., None] - window
+        return seen[:, None]
 
 
 class Drafter:
@@ -116,6 +120,7 @@ class Drafter:
         follows_on = int(self.cache.get_seq_length(self.first_layer)) == past
         if not follows_on:
             self.cache.mtp_start = past  # the earlier call filled the main layers alone
+            self.cache.hold(past)
         previous = states
         for module in range(self.modules):
             # Rows near the end would look at tokens that are not known: `draft` runs them again.
@@ -211,11 +216,18 @@ class Drafter:
             spans = None
         else:
             low, extent = rows.reach(offset, queries.shape[1])
-            spans = None if graphs is None else graphs.row_spans(slots, extent, self.cache.mtp_start)
-        mask = rows.visible(slots, self.cache.shown(extent), self.cache.mtp_start) if spans is None else None
+            layers = self.cache.layers[self.first_layer + module :][:1]
+            spans = None if graphs is None else graphs.row_spans(layers, slots, extent, self.cache.mtp_start)
+        mask = None
+        if spans is None:
+            mask = rows.visible(slots, self.cache.shown(extent), self.cache.mtp_start, self.cache.sliding_window)
         positions = rows.position_ids(queries.clamp(min=0))
         with self.cache.rows(RowSlots(slots, end, low, extent)):
             return self.model.draft(module, previous, embeds, mask, positions, self.cache, "absorbed", spans)
+
+    def hold(self) -> None:
+        """Keep in the cache whatever a row may still look at, the rows that are run again included."""
+        self.cache.hold(max(0, min(self.rows.stands) - self.window))
 
     def reach(self, count: int) -> int:
         """Slots that `draft(count)` takes at most."""

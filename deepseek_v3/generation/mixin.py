@@ -1,13 +1,15 @@
 """What `generate` does differently for latent attention and Multi-Token Prediction."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicCache, StaticCache
+from transformers.cache_utils import DynamicCache, QuantizedCache, StaticCache
 from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_masks_for_generate
 
 from ..modeling_deepseek_v3.cache import LatentCache
 from .speculative import SpeculativeDecoder
@@ -34,12 +36,17 @@ class LatentGenerationMixin(GenerationMixin):
                 distribution of plain sampling.
             num_assistant_tokens: drafts a step from 1 (the last module is run again on its own output beyond the
                 model's number of modules), or "auto" to measure which depth is fastest; default one a module.
+            cache_config: what `LatentCache` takes, for the cache that is made where none is given:
+                `{"dtype": "float8_e4m3fn"}` keeps latents as E4M3 codes, `{"sliding_window": W}` lets each token see
+                the last W, both together do both; with every `cache_implementation` but "quantized", which is
+                transformers' own. A generation configuration keeps it, saved and loaded.
 
         Returns:
             Token ids [B, L], or with `return_dict_in_generate` an output whose `mtp` is a `MtpStatistics`.
 
         Raises:
-            ValueError: a model without MTP modules, beams, or another strategy that drafts cannot serve.
+            ValueError: a model without MTP modules, beams, or another strategy that drafts cannot serve; something
+                else in cache_config.
         """
         base = generation_config if generation_config is not None else self.generation_config
         use_mtp = kwargs.pop("use_mtp", None)
@@ -83,12 +90,20 @@ class LatentGenerationMixin(GenerationMixin):
                 inputs |= {"mla_spans": spans, "attention_mask": None}
         return inputs
 
+    @staticmethod
+    def create_masks_for_generate(config: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
+        """The masks that transformers makes ahead of a forward over a fixed cache, with a `LatentCache`'s window."""
+        if isinstance(past_key_values, LatentCache) and past_key_values.sliding_window is not None:
+            config = copy.copy(config)
+            config.sliding_window = past_key_values.sliding_window
+        return create_masks_for_generate(config, past_key_values=past_key_values, **kwargs)
+
     def _prepare_cache_for_generation(self: Any, generation_config: Any, model_kwargs: Any, *args: Any) -> Any:
         given = model_kwargs.get("past_key_values")
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)  # type: ignore[misc]
         made = model_kwargs.get("past_key_values")
-        if given is None and type(made) is DynamicCache:
-            model_kwargs["past_key_values"] = LatentCache(self.config, offloading=made.offloading)
+        if given is None and made is not None:
+            model_kwargs["past_key_values"] = _latent_cache(self.config, made, generation_config, _ASKED.get())
 
 
 @contextmanager
@@ -154,7 +169,12 @@ def _speculate(
     """The decoding method that `generate` calls with everything prepared."""
     if synced_gpus:
         raise ValueError("use_mtp does not run under ZeRO-3, where ranks must take the same number of steps")
-    cache, given = _latent_cache(model, past_key_values, generation_config, depth), past_key_values
+    cache = past_key_values
+    if not isinstance(cache, LatentCache):
+        raise ValueError(
+            f"use_mtp needs a LatentCache, whose rows may differ in length, not a {type(cache).__name__}. "
+            "Leave past_key_values out, or pass deepseek_v3.LatentCache(model.config)"
+        )
     past, embeds = int(cache.get_seq_length()), inputs_embeds
     if embeds is not None:
         embeds = embeds[:, past:] if embeds.shape[1] > past else embeds
@@ -174,7 +194,7 @@ def _speculate(
     if position_ids is not None:
         own = position_ids.expand(len(input_ids), -1)[:, -new:]
         positions = torch.cat((positions[:, :past], own), dim=1)
-    made_here = getattr(given, "_is_user_defined", False) is False
+    made_here = getattr(cache, "_is_user_defined", False) is False
     keep_cache = generation_config.return_dict_in_generate or not made_here
     with torch.no_grad(), replayed(model, cache, attention_mask, generation_config):
         return SpeculativeDecoder(
@@ -193,14 +213,21 @@ def _speculate(
         ).run()
 
 
-def _latent_cache(model: Any, cache: Any, generation_config: Any, depth: Any) -> LatentCache:
-    if isinstance(cache, LatentCache):
-        return cache
-    if isinstance(cache, StaticCache) and generation_config.cache_implementation == "static":
-        # Made by `generate` itself: ours has room for the drafts that are thrown away.
-        spare = 16 + 2 * (depth if isinstance(depth, int) else 8)
-        return LatentCache(model.config, max_cache_len=cache.get_max_length() + spare)
-    raise ValueError(
-        f"use_mtp needs a LatentCache, whose rows may differ in length, not a {type(cache).__name__}. "
-        "Leave past_key_values out, or pass deepseek_v3.LatentCache(model.config)"
-    )
+def _latent_cache(config: Any, made: Any, generation_config: Any, asked: tuple[Any] | None) -> Any:
+    """The `LatentCache` that stands for the cache which transformers made, of the kind that `cache_config` names.
+
+    A fixed one is transformers' own unless it is asked for more: a kind, or room for drafts that are thrown away.
+    """
+    if isinstance(made, QuantizedCache):
+        return made
+    kind = dict(generation_config.cache_config or {})
+    unknown = kind.keys() - {"dtype", "sliding_window"}
+    if unknown:
+        raise ValueError(f"cache_config holds {min(unknown)!r}: a LatentCache takes dtype and sliding_window")
+    if type(made) is DynamicCache:
+        return LatentCache(config, offloading=made.offloading, **kind)
+    if isinstance(made, StaticCache) and (kind or asked is not None):
+        depth = 0 if asked is None else asked[0] if isinstance(asked[0], int) else 8
+        spare = 0 if asked is None else 16 + 2 * depth
+        return LatentCache(config, made.get_max_length() + spare, made.offloading, **kind)
+    return made

@@ -69,17 +69,20 @@ class SpeculativeDecoder:
 
     def run(self) -> Any:
         """Decode until every row has ended; token ids [B, L], or a `GenerateMtpOutput`."""
-        self._prefill()
-        while not all(self.done):
-            self._drop_finished()
-            started = time.perf_counter()
-            drafts = self._affordable(self.policy.next())
-            self._step(drafts)
-            self.policy.took(drafts, time.perf_counter() - started)
-        self.statistics.warn_if_useless()
-        if self.streamer is not None:
-            self.streamer.end()
-        return self._finish()
+        try:
+            self._prefill()
+            while not all(self.done):
+                self._drop_finished()
+                started = time.perf_counter()
+                drafts = self._affordable(self.policy.next())
+                self._step(drafts)
+                self.policy.took(drafts, time.perf_counter() - started)
+            self.statistics.warn_if_useless()
+            if self.streamer is not None:
+                self.streamer.end()
+            return self._finish()
+        finally:
+            self.cache.hold(None)
 
     # One row's bookkeeping
 
@@ -155,6 +158,7 @@ class SpeculativeDecoder:
     # A step
 
     def _step(self, drafts: int) -> None:
+        self.drafter.hold()
         graphs, refresh = self.cache.graphs, drafts == 0 and self.drafter.due
         plain = self.scorer.capturable and not self.recorder.wanted
         if plain and graphs is not None and graphs.take(drafts + 1):
@@ -181,12 +185,13 @@ class SpeculativeDecoder:
         tokens = torch.cat((rows.chosen[:, None], drafted), dim=1)  # [B, k + 1]
         slots = rows.n[:, None] + torch.arange(drafts + 1, device=rows.n.device)
         low, extent = min(rows.stands) + drafts + 1, max(rows.stands) + drafts + 1
-        graphs = self.cache.graphs
-        spans = None if graphs is None else graphs.row_spans(slots, extent)
+        shown, window = self.cache.shown(extent), self.cache.sliding_window
+        graphs, layers = self.cache.graphs, self.cache.layers[: self.model.config.num_hidden_layers]
+        spans = None if graphs is None else graphs.row_spans(layers, slots, extent)
         with self.cache.rows(RowSlots(slots, slots[:, -1] + 1, low, extent)):
             output = self.model(
                 input_ids=tokens,
-                attention_mask=rows.visible(slots, self.cache.shown(extent)) if spans is None else None,
+                attention_mask=None if spans is not None else rows.visible(slots, shown, window=window),
                 position_ids=rows.position_ids(slots),
                 past_key_values=self.cache,
                 use_cache=True,
@@ -308,6 +313,7 @@ class SpeculativeDecoder:
 
     def _settle(self) -> None:
         """Leave the cache as a later call expects it: every module's rows up to date, no slot beyond the tokens."""
+        self.drafter.hold()
         self.drafter.advance()
         self.drafter.refresh()
         self.cache.settle(max(self.rows.stands))

@@ -31,6 +31,8 @@ dispatch.OPERATIONS[OPERATION] = reasons
 
 def _shape_reason(q_latent: torch.Tensor, rope: torch.Tensor, latent: torch.Tensor) -> str | None:
     """Why these inputs are none for the Triton kernel."""
+    if latent.dtype == torch.float8_e4m3fn and latent.shape[2] % SCALE_GROUP:
+        return f"an FP8 latent whose kv_lora_rank {latent.shape[2]} is not a multiple of {SCALE_GROUP}"
     if q_latent.dtype not in (torch.bfloat16, torch.float16):
         return f"queries of {q_latent.dtype}; the kernel takes bfloat16 and float16"
     for name, size in (("kv_lora_rank", latent.shape[2]), ("qk_rope_head_dim", rope.shape[2])):
@@ -134,8 +136,8 @@ def _check(q_latent, q_rope, latent, rope, lengths, starts, latent_scale, slidin
     if latent_scale is None and (latent.dtype != q_latent.dtype or rope.dtype != q_latent.dtype):
         raise ValueError(f"cache of {latent.dtype} and {rope.dtype} does not fit queries of {q_latent.dtype}")
     if latent_scale is not None:
-        if rank % SCALE_GROUP or latent_scale.shape != (*latent.shape[:2], rank // SCALE_GROUP):
-            raise ValueError(f"latent_scale {tuple(latent_scale.shape)} must be [B, S, C / {SCALE_GROUP}]")
+        if latent_scale.shape != (*latent.shape[:2], -(-rank // SCALE_GROUP)):
+            raise ValueError(f"latent_scale {tuple(latent_scale.shape)} must be [B, S, ceil(C / {SCALE_GROUP})]")
         if latent_scale.dtype != torch.float32:
             raise ValueError(f"latent_scale must be float32, got {latent_scale.dtype}")
     for name, tensor in (("lengths", lengths), ("starts", starts)):
@@ -168,7 +170,7 @@ def mla_decode(
         scale: multiplies the logits (the softmax scale, YaRN's factor included).
         lengths: int32 [B], slots in use of each row, the T new ones included; None for S. Stays on the device.
         starts: int32 [B], first slot in use of each row (left padding); None for 0.
-        latent_scale: float32 [B, S, C / 128], for an FP8 latent alone.
+        latent_scale: float32 [B, S, ceil(C / 128)], for an FP8 latent alone.
         sliding_window: a query reads at most this many slots, itself included; None for all.
         backend: "auto", "flash_mla" (where installed, on Hopper), "triton" or "torch".
 

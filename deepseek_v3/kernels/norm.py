@@ -7,6 +7,7 @@ B batch, T query tokens, S slots of the cache, H heads, C kv_lora_rank, R qk_rop
 import torch
 
 from . import dispatch
+from .fp8 import FP8_CARD
 from .reference import norm as reference
 
 OPERATION = "norm_rope"
@@ -20,8 +21,9 @@ def _reasons(device: torch.device) -> dispatch.Reasons:
 dispatch.OPERATIONS[OPERATION] = _reasons
 
 
-def _is_triton(x: torch.Tensor, backend: str) -> bool:
+def _is_triton(x: torch.Tensor, backend: str, reason: str | None = None) -> bool:
     reasons = _reasons(x.device)
+    reasons["triton"] = reasons["triton"] or reason
     if x.dtype not in TRITON_DTYPES:
         reasons["triton"] = reasons["triton"] or f"{x.dtype}"
     return dispatch.choose(OPERATION, reasons, backend, x.device) == "triton"
@@ -140,20 +142,31 @@ def rotate(
 
 @dispatch.define(
     "write_latents_(Tensor(a!) latent, Tensor(b!) rope, Tensor compressed, Tensor weight, float eps, Tensor cos,"
-    " Tensor sin, Tensor slots, bool interleave, str backend) -> ()",
+    " Tensor sin, Tensor slots, bool interleave, Tensor(c!)? scale, str backend) -> ()",
     lambda *arguments: None,
 )
-def _write(latent, rope, compressed, weight, eps, cos, sin, slots, interleave, backend):
-    if not _is_triton(compressed, backend) or weight.dtype != compressed.dtype:
-        reference.write_latents(latent, rope, compressed, weight, eps, cos, sin, slots, interleave)
+def _write(latent, rope, compressed, weight, eps, cos, sin, slots, interleave, scale, backend):
+    if not _is_triton(compressed, backend, coding_reason(scale)) or weight.dtype != compressed.dtype:
+        reference.write_latents(latent, rope, compressed, weight, eps, cos, sin, slots, interleave, scale)
         return
     from .triton.launch_norm import write_latents as launch
 
     cos, sin = _matching(cos, sin, compressed.shape[0])
-    launch(latent, rope, _dense(compressed), weight, eps, cos, sin, slots, interleave)
+    launch(latent, rope, _dense(compressed), weight, eps, cos, sin, slots, interleave, scale)
 
 
-def check_write(latent: torch.Tensor, rope: torch.Tensor, compressed: torch.Tensor, slots: torch.Tensor) -> None:
+def coding_reason(scale: torch.Tensor | None) -> str | None:
+    """Why no kernel writes codes where their scales are to go: a card may have no casts to E4M3."""
+    return None if scale is None else dispatch.triton_reason(scale.device, FP8_CARD)
+
+
+def check_write(
+    latent: torch.Tensor,
+    rope: torch.Tensor,
+    compressed: torch.Tensor,
+    slots: torch.Tensor,
+    scale: torch.Tensor | None,
+) -> None:
     """Refuse new tokens that do not fit the cache they are to be written to."""
     batch, tokens = compressed.shape[:2]
     if compressed.shape[2] != latent.shape[2] + rope.shape[2] or latent.shape[:2] != rope.shape[:2]:
@@ -161,6 +174,11 @@ def check_write(latent: torch.Tensor, rope: torch.Tensor, compressed: torch.Tens
                          f"{tuple(rope.shape)}")  # fmt: skip
     if slots.shape != (batch, tokens) or slots.is_floating_point():
         raise ValueError(f"slots must be integers [{batch}, {tokens}], got {slots.dtype} {tuple(slots.shape)}")
+    groups = (*latent.shape[:2], -(-latent.shape[2] // reference.SCALE_GROUP))
+    fits = scale is None or (scale.shape == groups and scale.dtype == torch.float32)
+    if not fits or (latent.dtype == torch.float8_e4m3fn) != (scale is not None):
+        given = None if scale is None else (tuple(scale.shape), scale.dtype)
+        raise ValueError(f"scale must be float32 {groups} for a float8_e4m3fn latent, None for others; got {given}")
     if latent.stride(-1) != 1 or rope.stride(-1) != 1:
         raise ValueError("the cache's last dimensions must be dense")
 
@@ -174,6 +192,7 @@ def write_latents(
     sin: torch.Tensor,
     slots: torch.Tensor,
     *,
+    scale: torch.Tensor | None = None,
     eps: float = 1e-6,
     interleave: bool = True,
     backend: str = "auto",
@@ -181,17 +200,19 @@ def write_latents(
     """Normalise and rotate what ``kv_a_proj_with_mqa`` gave for T new tokens, and write it into the cache in place.
 
     Args:
-        latent: [B, S, C] and rope: [B, S, R], the cache; views with dense last dimensions.
+        latent: [B, S, C] and rope: [B, S, R], the cache; views with dense last dimensions. The latent may be
+            float8_e4m3fn: then codes are written, as ``quantize_activation`` gives them for the normalised latent.
         compressed: [B, T, C + R], latent first. Its rows take no part in gradients.
         weight: [C], of the norm. eps: of the norm.
         cos, sin: [B or 1, T, R], as for ``rotate``.
         slots: integer [B, T], where each token goes; distinct within a row and below S.
+        scale: float32 [B, S, ceil(C / 128)], where the codes' scales go, with an FP8 latent alone.
         interleave, backend: as for ``rotate``.
 
     Raises:
         ValueError: shapes that do not fit, or a gradient is wanted. RuntimeError: a backend that cannot run here.
     """
-    check_write(latent, rope, compressed, slots)
+    check_write(latent, rope, compressed, slots, scale)
     if torch.is_grad_enabled() and (compressed.requires_grad or weight.requires_grad):
         raise ValueError("write_latents has no gradient; call it under torch.no_grad()")
-    dispatch.ops.write_latents_(latent, rope, compressed, weight, eps, cos, sin, slots, interleave, backend)
+    dispatch.ops.write_latents_(latent, rope, compressed, weight, eps, cos, sin, slots, interleave, scale, backend)

@@ -7,7 +7,7 @@ N qk_nope_head_dim, V v_head_dim. Source: DeepSeek-V2 report (arXiv 2405.04434),
 import torch
 
 from . import dispatch
-from .norm import TRITON_DTYPES, check_write
+from .norm import TRITON_DTYPES, check_write, coding_reason
 from .reference import step as reference
 
 OPERATION = "decode_step"
@@ -20,8 +20,9 @@ def _reasons(device: torch.device) -> dispatch.Reasons:
 dispatch.OPERATIONS[OPERATION] = _reasons
 
 
-def _is_triton(x: torch.Tensor, backend: str, *others: torch.Tensor) -> bool:
+def _is_triton(x: torch.Tensor, backend: str, *others: torch.Tensor, reason: str | None = None) -> bool:
     reasons = _reasons(x.device)
+    reasons["triton"] = reasons["triton"] or reason
     if x.dtype not in TRITON_DTYPES or any(other.dtype != x.dtype for other in others):
         reasons["triton"] = reasons["triton"] or f"{x.dtype} with {', '.join(str(other.dtype) for other in others)}"
     return dispatch.choose(OPERATION, reasons, backend, x.device) == "triton"
@@ -86,23 +87,22 @@ def rope_angles(
 
 @dispatch.define(
     "norm_and_write_(Tensor low, Tensor low_weight, float low_eps, Tensor(a!) latent, Tensor(b!) rope,"
-    " Tensor compressed, Tensor weight, float eps, Tensor cos, Tensor sin, Tensor slots, bool interleave, str backend)"
-    " -> Tensor",
+    " Tensor compressed, Tensor weight, float eps, Tensor cos, Tensor sin, Tensor slots, bool interleave,"
+    " Tensor(c!)? scale, str backend) -> Tensor",
     lambda low, *others: low.new_empty(low.shape),
 )
 def _norm_and_write(
-    low, low_weight, low_eps, latent, rope, compressed, weight, eps, cos, sin, slots, interleave, backend
+    low, low_weight, low_eps, latent, rope, compressed, weight, eps, cos, sin, slots, interleave, scale, backend
 ):
-    if not _is_triton(low, backend, low_weight, compressed, weight):
+    if not _is_triton(low, backend, low_weight, compressed, weight, reason=coding_reason(scale)):
         return reference.norm_and_write(
-            low, low_weight, low_eps, latent, rope, compressed, weight, eps, cos, sin, slots, interleave
+            low, low_weight, low_eps, latent, rope, compressed, weight, eps, cos, sin, slots, interleave, scale
         )
     from .triton.launch_step import norm_and_write as launch
 
     cos, sin = _angles(cos, sin, low.shape[0])
-    return launch(
-        _dense(low), low_weight, low_eps, latent, rope, _dense(compressed), weight, eps, cos, sin, slots, interleave
-    )
+    low, compressed = _dense(low), _dense(compressed)
+    return launch(low, low_weight, low_eps, latent, rope, compressed, weight, eps, cos, sin, slots, interleave, scale)
 
 
 def norm_and_write(
@@ -116,6 +116,7 @@ def norm_and_write(
     sin: torch.Tensor,
     slots: torch.Tensor,
     *,
+    scale: torch.Tensor | None = None,
     low_eps: float = 1e-6,
     eps: float = 1e-6,
     interleave: bool = True,
@@ -125,7 +126,7 @@ def norm_and_write(
 
     Args:
         low: [B, T, Q], what ``q_a_proj`` gave. low_weight: [Q]. low_eps: of its norm.
-        latent, rope, compressed, weight, cos, sin, slots, eps, interleave: as for ``write_latents``.
+        latent, rope, compressed, weight, cos, sin, slots, scale, eps, interleave: as for ``write_latents``.
         backend: "auto", "triton" or "torch".
 
     Returns:
@@ -137,10 +138,10 @@ def norm_and_write(
     if low.shape[:2] != compressed.shape[:2] or low_weight.shape != low.shape[2:]:
         raise ValueError(f"low {tuple(low.shape)} and its weight {tuple(low_weight.shape)} do not fit compressed "
                          f"{tuple(compressed.shape)}")  # fmt: skip
-    check_write(latent, rope, compressed, slots)
+    check_write(latent, rope, compressed, slots, scale)
     _refuse_gradients(low, low_weight, compressed, weight)
     return dispatch.ops.norm_and_write_(
-        low, low_weight, low_eps, latent, rope, compressed, weight, eps, cos, sin, slots, interleave, backend
+        low, low_weight, low_eps, latent, rope, compressed, weight, eps, cos, sin, slots, interleave, scale, backend
     )
 
 

@@ -26,20 +26,27 @@ from ..kernels import (
     write_latents,
 )
 from ..quantization import FP8Linear
-from .cache import Extension, joint_latents
+from .cache import LatentCache, joint_latents
+from .cache_layers import Extension
+from .latents import Latents
 from .layers import DeepseekV3RMSNorm, is_bare
 from .rope import apply_rope, softmax_scale
+
+# Bytes of expanded keys and values, and of what they are made of, that exist at once where no gradient is asked for.
+EXPANDED_BYTES = 2 << 30
 
 
 class Spans(NamedTuple):
     """The slots that each row's newest query sees, [starts, lengths), int32 [B]; None for all of them.
 
     extension: where the new tokens go, if every layer may write them through the kernel.
+    window: slots that a query sees at most, itself included; None for all.
     """
 
     starts: torch.Tensor | None
     lengths: torch.Tensor | None
     extension: Extension | None = None
+    window: int | None = None
 
 
 def choose_form(config: Any, queries: int, keys: int, cached: bool) -> str:
@@ -132,45 +139,51 @@ def absorbed_attention(
 def fused_absorbed_attention(
     query: torch.Tensor,
     angles: tuple[torch.Tensor, torch.Tensor],
-    latents: torch.Tensor,
+    latents: Latents,
     weight: torch.Tensor,
     spans: Spans,
     scaling: float,
     interleave: bool,
 ) -> torch.Tensor:
     """`absorbed_attention` through the kernels: queries [B, T, H, N + R] that are not rotated yet, the newest T, over
-    `spans` of the cache, to [B, T, H, V]."""
-    heads, rank, rope = query.shape[2], weight.shape[1], angles[0].shape[2]
+    `spans` of the cache, whose latents are read as they are, [B, S, C] of codes too, to [B, T, H, V]."""
+    heads, rope = query.shape[2], angles[0].shape[2]
     mixed, _ = mla_decode(
         *absorb_queries(query, weight, *angles, interleave=interleave),
-        latents[..., :rank],
-        latents[..., rank:],
+        latents.latent,
+        latents.rope,
         scale=scaling,
         lengths=spans.lengths,
         starts=spans.starts,
+        latent_scale=latents.scale,
+        sliding_window=spans.window,
     )
     return absorb_outputs(mixed, weight, weight.shape[0] // heads - (query.shape[3] - rope))
 
 
-def spans_of(mask: torch.Tensor | None, queries: int) -> Spans | None:
+def spans_of(mask: torch.Tensor | None, queries: int, window: int | None = None) -> Spans | None:
     """What a boolean mask [B or 1, 1, T, S] shows, as spans for the decode kernel; None if it shows anything else.
 
-    One host read a forward, where there is a mask.
+    One host read a forward, where there is a mask. `window`: each query sees so many slots at most.
     """
     if mask is None:
         return Spans(None, None) if queries == 1 else None
     seen = mask[:, 0]  # [B, T, S]
     last = seen[:, -1].int()
-    starts, lengths = last.argmax(dim=-1), last.shape[-1] - last.flip(-1).argmax(dim=-1)
+    first = last if window is None else seen[:, 0].int()
+    starts, lengths = first.argmax(dim=-1), last.shape[-1] - last.flip(-1).argmax(dim=-1)
     slots = torch.arange(last.shape[-1], device=mask.device)
     ends = lengths[:, None] - torch.arange(queries - 1, -1, -1, device=mask.device)  # [B, T]
     span = (slots >= starts[:, None, None]) & (slots < ends[..., None])
-    return Spans(starts.int(), lengths.int()) if bool((span == seen).all()) else None
+    if window is not None:
+        span &= slots >= ends[..., None] - window
+    return Spans(starts.int(), lengths.int(), window=window) if bool((span == seen).all()) else None
 
 
-def step_spans(slots: torch.Tensor, starts: torch.Tensor | None, extent: int | None) -> Spans:
-    """Spans of a captured step: [B, T] slots in whole storage, of which each row sees up to its newest token."""
-    return Spans(starts, (slots[:, -1] + 1).int(), Extension(slots, extent, whole=True))
+def step_spans(slots: torch.Tensor, starts: torch.Tensor | None, spans: Spans) -> Spans:
+    """`spans` of a captured step with [B, T] slots in whole storage, of which each row sees up to its newest token."""
+    assert spans.extension is not None
+    return Spans(starts, (slots[:, -1] + 1).int(), spans.extension._replace(slots=slots), spans.window)
 
 
 def _per_head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -251,13 +264,16 @@ class DeepseekV3Attention(nn.Module):
         if mla_form == "absorbed":
             joint = joint_latents(past_key_values, self.layer_idx, latents)
             if mla_spans is not None:
-                return self._absorbed(query.transpose(1, 2), position_embeddings, joint, mla_spans), None
+                held = Latents(joint[..., : self._rank], joint[..., self._rank :])
+                return self._absorbed(query.transpose(1, 2), position_embeddings, held, mla_spans), None
             weight, split = effective_weight(self.kv_b_proj, joint), self._rotated(query, position_embeddings)
             dropout = self.attention_dropout if self.training else 0.0
             output, weights = absorbed_attention(split, joint, weight, attention_mask, self.scaling, dropout)
             shown = weights if self.config._attn_implementation == "eager" else None
         else:
-            output, shown = self._attend(*self._heads(query, latents, position_embeddings), attention_mask, **kwargs)
+            if isinstance(past_key_values, LatentCache) and past_key_values.sliding_window is not None:
+                kwargs["sliding_window"] = past_key_values.sliding_window  # for back ends that take no mask
+            output, shown = self._attend_expanded(query, latents, position_embeddings, attention_mask, **kwargs)
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), shown
 
     def lends_norms(self) -> bool:
@@ -270,11 +286,11 @@ class DeepseekV3Attention(nn.Module):
     ) -> torch.Tensor:
         """A few new tokens [B, T, D] over a `LatentCache`, whose latents a kernel writes to it."""
         assert spans.extension is not None
-        joint = cache.extend(self.layer_idx, spans.extension)
+        held = cache.extend(self.layer_idx, spans.extension)
         norm, slots = self.kv_a_layernorm, spans.extension.slots
         compressed = self.kv_a_proj_with_mqa(hidden_states)
-        new = (joint[..., : self._rank], joint[..., self._rank :], compressed, norm.weight, *angles, slots)
-        options = {"eps": norm.variance_epsilon, "interleave": self._interleave}
+        new = (held.latent, held.rope, compressed, norm.weight, *angles, slots)
+        options = {"scale": held.scale, "eps": norm.variance_epsilon, "interleave": self._interleave}
         if self._low_rank_query:
             low, own = self.q_a_proj(hidden_states), self.q_a_layernorm
             query = self.q_b_proj(norm_and_write(low, own.weight, *new, low_eps=own.variance_epsilon, **options))
@@ -282,14 +298,14 @@ class DeepseekV3Attention(nn.Module):
             query = self.q_proj(hidden_states)
             write_latents(*new, **options)
         query = query.view(*query.shape[:2], self.num_heads, -1)
-        return self._absorbed(query, angles, joint, spans)
+        return self._absorbed(query, angles, held, spans)
 
     def _absorbed(
-        self, query: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], joint: torch.Tensor, spans: Spans
+        self, query: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], latents: Latents, spans: Spans
     ) -> torch.Tensor:
-        """Queries [B, T, H, N + R] over the latents [B, S, C + R] through the kernels, to [B, T, D]."""
-        weight = effective_weight(self.kv_b_proj, joint)
-        output = fused_absorbed_attention(query, angles, joint, weight, spans, self.scaling, self._interleave)
+        """Queries [B, T, H, N + R] over cached latents [B, S, C] and [B, S, R] through the kernels, to [B, T, D]."""
+        weight = effective_weight(self.kv_b_proj, query)
+        output = fused_absorbed_attention(query, angles, latents, weight, spans, self.scaling, self._interleave)
         return self.o_proj(output.flatten(2))
 
     def _project_query(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -310,14 +326,41 @@ class DeepseekV3Attention(nn.Module):
         latent = self.kv_a_layernorm(latent)[:, None]  # [B, 1, T, C]
         return latent, apply_rope(rope[:, None], *angles, self._interleave)  # [B, 1, T, R]
 
+    def _attend_expanded(
+        self, query: torch.Tensor, latents: Any, angles: tuple[torch.Tensor, torch.Tensor], mask: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The expanded form, some heads at a time where the keys and values of all would take too much memory.
+
+        Where a gradient is asked for they are kept for the backward in any case.
+        """
+        latent, heads = latents[0][:, 0], query.shape[1]
+        nope, rope, value = self._split
+        # kv_b_proj's output beside the keys and values that are made of it.
+        width = 2 * (nope + value) + rope
+        bytes_a_head = latent.shape[0] * latent.shape[1] * width * latent.element_size()
+        step = max(1, EXPANDED_BYTES // bytes_a_head)
+        if torch.is_grad_enabled() or step >= heads:
+            return self._attend(*self._heads(query, latents, angles, self.kv_b_proj(latent)), mask, **kwargs)
+        weight = effective_weight(self.kv_b_proj, latent).view(heads, nope + value, -1)
+        parts = []
+        for first in range(0, heads, step):
+            some = slice(first, first + step)
+            expanded = nn.functional.linear(latent, weight[some].flatten(0, 1))
+            # Nothing but the slice's output may outlive it.
+            parts.append(self._attend(*self._heads(query[:, some], latents, angles, expanded), mask, **kwargs))
+            del expanded
+        weights = [part[1] for part in parts]
+        shown = None if weights[0] is None else torch.cat(weights, dim=1)
+        return torch.cat([part[0] for part in parts], dim=2), shown
+
     def _heads(
-        self, query: torch.Tensor, latents: Any, angles: tuple[torch.Tensor, torch.Tensor]
+        self, query: torch.Tensor, latents: Any, angles: tuple[torch.Tensor, torch.Tensor], expanded: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Every head's rotated query [B, H, T, N + R], key [B, H, S, N + R] and value [B, H, S, V], from queries that
-        are not rotated yet."""
+        """Some heads' rotated query [B, H, T, N + R], key [B, H, S, N + R] and value [B, H, S, V], from queries that
+        are not rotated yet and what `kv_b_proj` gives for these heads, [B, S, H * (N + V)]."""
         nope, _, value = self._split
         latent, k_rope = latents
-        expanded = self.kv_b_proj(latent[:, 0]).view(*latent[:, 0].shape[:2], -1, nope + value)
+        expanded = expanded.view(*latent[:, 0].shape[:2], -1, nope + value)
         k, v = join_keys(expanded, k_rope[:, 0], nope)
         q = rotate_queries(query.transpose(1, 2), *angles, interleave=self._interleave)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)

@@ -1,273 +1,22 @@
 """`LatentCache`: the normalised latent and the rotated shared key, and nothing else, a token and a layer.
 
-Special about it: both lie side by side in one tensor, as absorbed attention and the decode kernels read them, and
-that tensor grows by half of itself when it is full, so that a decode step writes its own token and copies no history.
-`keys` and `values`, the names that every transformers cache has, are views of what is valid. MTP modules have their
-layers after the main model's, made when they are first written to.
+Special about it: both lie side by side in one tensor, as absorbed attention and the decode kernels read them. `keys`
+and `values`, the names that every transformers cache has, are views of what is valid (copies, where latents are kept
+in FP8). MTP modules have their layers after the main model's, made when they are first written to.
 
-Letters: B batch, T new tokens, S cached tokens, C kv_lora_rank, R qk_rope_head_dim.
+Letters: B batch, T new tokens, S cached tokens, C kv_lora_rank, R qk_rope_head_dim, W sliding window.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, StaticLayer
-from transformers.utils.import_utils import is_torchdynamo_compiling
+from transformers.cache_utils import Cache, DynamicCache
 
-_ROOM = 64  # tokens: the least that storage grows by, and what its length is a multiple of
-_AHEAD = 1024  # tokens: what is made room for at once where a sequence may come to so many
-
-
-class RowSlots(NamedTuple):
-    """Where the rows of a batch write, each at its own place.
-
-    slots: [B, T], int64, the slot of every new token.
-    end: [B], int64; from there on a row's slots hold nothing valid.
-    low: smallest `end` of any row.
-    extent: slots that attention is shown, at least the largest written one + 1.
-    """
-
-    slots: torch.Tensor
-    end: torch.Tensor
-    low: int
-    extent: int
-
-
-class Extension(NamedTuple):
-    """New tokens that a kernel writes into every layer: where they go, and how many slots then hold something.
-
-    slots: [B, T], int64.
-    extent: slots in use afterwards; None where the slots of a fixed cache say it.
-    whole: show all of the storage instead of the slots in use, so that the view is the same one at every step.
-    """
-
-    slots: torch.Tensor
-    extent: int | None
-    whole: bool = False
-
-
-def _write_rows(storage: torch.Tensor, new: torch.Tensor, rows: RowSlots) -> None:
-    """Scatter `new` [B, T, C + R] into `storage` [B, 1, S, C + R] and clear what no row may see.
-
-    Attention multiplies a masked slot by a weight of zero, which a NaN would survive: rejected drafts and storage
-    that was never written are cleared where rows of different lengths show them.
-    """
-    batch = torch.arange(new.shape[0], device=new.device)[:, None]
-    storage[batch, 0, rows.slots] = new
-    if rows.extent > rows.low:
-        slots = torch.arange(rows.low, rows.extent, device=new.device)
-        dead = slots[None] >= rows.end[:, None]
-        storage[:, 0, rows.low : rows.extent].masked_fill_(dead[..., None], 0)
-
-
-class LatentLayer(CacheLayerMixin):
-    """One layer's latents: `keys` [B, 1, S, C] and `values` [B, 1, S, R], views into storage with room to grow."""
-
-    is_compileable = False
-    is_croppable = True
-    is_sliding = False
-
-    def __init__(self, **kwargs: Any) -> None:
-        self._storage: torch.Tensor | None = None  # [B, 1, capacity, C + R]
-        self._rank = 0  # C
-        self._length = 0
-        self.expected = 0  # tokens that the sequence may come to
-        self.is_initialized = False
-
-    def joint(self) -> torch.Tensor:
-        """[B, S, C + R]: latent and rotated key of every cached token, a view."""
-        assert self._storage is not None
-        return self._storage[:, 0, : self._length]
-
-    @property
-    def keys(self) -> torch.Tensor | None:  # type: ignore[override]
-        return None if self._storage is None else self._storage[:, :, : self._length, : self._rank]
-
-    @property
-    def values(self) -> torch.Tensor | None:  # type: ignore[override]
-        return None if self._storage is None else self._storage[:, :, : self._length, self._rank :]
-
-    @property
-    def batch_size(self) -> int:
-        return -1 if self._storage is None else self._storage.shape[0]
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self._rank, self._length = key_states.shape[-1], 0
-        width = self._rank + value_states.shape[-1]
-        self._storage = key_states.new_empty((key_states.shape[0], key_states.shape[1], 0, width))
-        self.is_initialized = True
-
-    def update(
-        self,
-        key_states: torch.Tensor,
-        value_states: torch.Tensor,
-        *args: Any,
-        rows: RowSlots | None = None,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append T tokens, or write each row's where `rows` says; return views of [B, 1, S + T, C] and [.., R].
-
-        Where a gradient is asked for, the result is a concatenation: writing in place would invalidate what an
-        earlier forward saved for its backward.
-        """
-        if self._storage is None:
-            self.lazy_initialization(key_states, value_states)
-        assert self._storage is not None
-        if rows is not None:
-            self._reserve(rows.extent)
-            self._storage[:, :, self._length : rows.low] = 0  # nothing, if the layer saw every token
-            _write_rows(self._storage, torch.cat((key_states, value_states), dim=-1)[:, 0], rows)
-            self._length = rows.extent
-            return self.keys, self.values  # type: ignore[return-value]
-        start, end = self._length, self._length + key_states.shape[2]
-        if torch.is_grad_enabled() and (key_states.requires_grad or self._storage.requires_grad):
-            new = torch.cat((key_states, value_states), dim=-1)
-            self._storage = torch.cat((self._storage[:, :, :start], new), dim=2)
-        else:
-            self._reserve(end)
-            self._storage[:, :, start:end, : self._rank] = key_states
-            self._storage[:, :, start:end, self._rank :] = value_states
-        self._length = end
-        return self.keys, self.values  # type: ignore[return-value]
-
-    def extend(self, extension: Extension) -> torch.Tensor:
-        """Count new tokens whose slots the caller fills; return the view [B, S + T, C + R] to write them into."""
-        assert extension.extent is not None
-        self.count(extension.extent)
-        assert self._storage is not None
-        return self._storage[:, 0] if extension.whole else self.joint()
-
-    def count(self, extent: int) -> None:
-        """Make room for `extent` tokens and count them all, whatever their slots hold."""
-        self._reserve(extent)
-        self._length = extent
-
-    @property
-    def address(self) -> int:
-        """Where the storage lies; it moves when it grows."""
-        return 0 if self._storage is None else self._storage.data_ptr()
-
-    def _reserve(self, end: int) -> None:
-        """Make room for `end` tokens, half as much again where it has to grow."""
-        old = self._storage
-        assert old is not None
-        if end <= old.shape[2] and not _frozen(old):
-            return
-        capacity = max(end + _ROOM, end + end // 2)
-        # Not all at once on the word of a caller whose sequence may end long before.
-        capacity = max(capacity, min(self.expected, max(2 * capacity, end + _AHEAD)))
-        capacity += -capacity % _ROOM
-        # Zeros: rows of different lengths show slots that nothing was written to.
-        self._storage = old.new_zeros((old.shape[0], old.shape[1], capacity, old.shape[3]))
-        self._storage[:, :, : self._length] = old[:, :, : self._length].detach()
-
-    def settle(self, length: int) -> None:
-        """Say how many slots count from now on, after rows were written at their own places."""
-        self._length = min(self._length, length)
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self._length + query_length, 0
-
-    def get_seq_length(self) -> int:
-        return self._length
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last `-tokens_to_remove` tokens; storage stays, nothing is copied.
-
-        Raises:
-            ValueError: a positive number, which once meant a final length.
-        """
-        if tokens_to_remove > 0:
-            raise ValueError(f"crop({tokens_to_remove}): pass a negative number, the tokens to remove from the end")
-        self._length = max(0, self._length + tokens_to_remove)
-
-    def reset(self) -> None:
-        """Forget every token, and the storage with them: the next sequence may have another batch size."""
-        self._storage, self._length, self.is_initialized = None, 0, False
-
-    def offload(self) -> None:
-        self._move(torch.device("cpu"))
-
-    def prefetch(self) -> None:
-        if self.is_initialized:
-            self._move(self.device)
-
-    def _move(self, device: torch.device) -> None:
-        if self._storage is not None:
-            self._storage = self._storage.to(device, non_blocking=True)
-
-    def _gather(self, indices: torch.Tensor) -> None:
-        if self._storage is not None:
-            self._storage = self._storage.index_select(0, indices.to(self._storage.device))
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        self._gather(beam_idx)
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep the rows `indices`: positions, or a boolean mask over the batch."""
-        self._gather(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        if self._storage is not None:
-            rows = torch.arange(self.batch_size, device=self._storage.device)
-            self._gather(rows.repeat_interleave(repeats))
-
-
-def _frozen(tensor: torch.Tensor) -> bool:
-    if is_torchdynamo_compiling():
-        return False
-    return tensor.is_inference() and not torch.is_inference_mode_enabled()
-
-
-class StaticLatentLayer(StaticLayer):
-    """A layer of fixed length, its latents and rotated keys side by side in one tensor that never moves."""
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        super().lazy_initialization(key_states, value_states)
-        rank, width = key_states.shape[-1], key_states.shape[-1] + value_states.shape[-1]
-        self._storage = key_states.new_zeros((*self.keys.shape[:3], width))  # type: ignore[union-attr]
-        if not is_torchdynamo_compiling():
-            torch._dynamo.mark_static_address(self._storage)
-        self.keys, self.values = self._storage[..., :rank], self._storage[..., rank:]
-
-    def update(
-        self,
-        key_states: torch.Tensor,
-        value_states: torch.Tensor,
-        *args: Any,
-        rows: RowSlots | None = None,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As of the base class, or each row's tokens where `rows` says."""
-        if rows is None:
-            return super().update(key_states, value_states, *args, **kwargs)
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        _write_rows(self._storage, torch.cat((key_states, value_states), dim=-1)[:, 0], rows)
-        self.settle(rows.extent)
-        return self.keys, self.values  # type: ignore[return-value]
-
-    def extend(self, extension: Extension) -> torch.Tensor:
-        """As of `LatentLayer`; every slot is there already."""
-        if extension.extent is None:
-            self.cumulative_length.add_(extension.slots.shape[1])
-        else:
-            self.settle(extension.extent)
-        return self.joint()
-
-    def settle(self, length: int) -> None:
-        """Say how many slots count from now on, after rows were written at their own places."""
-        self.cumulative_length.fill_(length)
-
-    def joint(self) -> torch.Tensor:
-        """[B, max_cache_len, C + R]: latent and rotated key of every slot, a view."""
-        return self._storage[:, 0]
+from .cache_growing import LatentLayer
+from .cache_layers import Extension, RowSlots, StaticLatentLayer, StoredLayer
+from .latents import Latents
 
 
 class LatentCache(DynamicCache):
@@ -280,14 +29,38 @@ class LatentCache(DynamicCache):
         max_cache_len: fixed length in tokens, allocated once and written in place (for `torch.compile` and graphs);
             None for storage that grows.
         offloading: keep each layer on the CPU between its uses (CUDA only).
+        dtype: torch.float8_e4m3fn, or its name, keeps latents as E4M3 codes with a float32 scale for 128 channels
+            (amax / 448), the rotated keys in the model's dtype: 656 bytes a token and layer for DeepSeek-V3 in BF16.
+            Attention reads what the codes stand for, of the newest token too. None keeps the model's dtype.
+        sliding_window: each token sees so many slots at most, itself included. Storage that grows stops growing at
+            about twice that (for rows of different lengths: at what the one furthest behind needs); None for all.
+
+    Raises:
+        ValueError: another dtype, a length or window below 1.
     """
 
-    def __init__(self, config: Any, max_cache_len: int | None = None, offloading: bool = False) -> None:
+    def __init__(
+        self,
+        config: Any,
+        max_cache_len: int | None = None,
+        offloading: bool = False,
+        *,
+        dtype: torch.dtype | str | None = None,
+        sliding_window: int | None = None,
+    ) -> None:
+        if dtype == "float8_e4m3fn":
+            dtype = torch.float8_e4m3fn
+        if dtype not in (None, torch.float8_e4m3fn):
+            raise ValueError(f"dtype = {dtype}: a LatentCache keeps the model's own (None) or torch.float8_e4m3fn")
+        if sliding_window is not None and sliding_window < 1:
+            raise ValueError(f"sliding_window = {sliding_window}: a token sees at least itself, 1")
         self.config, self.max_cache_len = config, max_cache_len
+        self.dtype, self.sliding_window = dtype, sliding_window
         self._rows: RowSlots | None = None
         # The captured decode steps of the `generate` call in progress, where it has any.
         self.graphs: Any = None
         self._expected = 0
+        self._held: int | None = None
         # The first token, in its own sequence's count, that the MTP modules' layers know of.
         self.mtp_start = 0
         if max_cache_len is None:
@@ -309,10 +82,11 @@ class LatentCache(DynamicCache):
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def _new_layer(self) -> LatentLayer | StaticLatentLayer:
+        coded, window = self.dtype is not None, self.sliding_window
         if self.max_cache_len is not None:
-            return StaticLatentLayer(max_cache_len=self.max_cache_len)
-        layer = LatentLayer()
-        layer.expected = self._expected
+            return StaticLatentLayer(self.max_cache_len, coded, window)
+        layer = LatentLayer(coded, window)
+        layer.expected, layer.held = self._expected, self._held
         return layer
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
@@ -333,20 +107,40 @@ class LatentCache(DynamicCache):
         if self.offloading or layer is None or not layer.is_initialized or layer.dtype != dtype:
             return None
         if self._rows is not None:
-            return Extension(self._rows.slots, self._rows.extent)
-        seen = layer.get_seq_length()
+            first = self.first_of_rows()
+            return Extension(self._rows.slots - first, self._rows.extent, first=first)
+        seen, first = layer.get_seq_length(), layer.get_mask_sizes(tokens)[1]
         if isinstance(seen, int):
-            slots = torch.arange(seen, seen + tokens, device=layer.device)
-            return Extension(slots.expand(batch, -1), seen + tokens)
+            slots = torch.arange(seen - first, seen - first + tokens, device=layer.device)
+            return Extension(slots.expand(batch, -1), seen + tokens, first=first)
         slots = torch.arange(tokens, device=layer.device) + seen
         return Extension(slots.expand(batch, -1), None)
 
-    def extend(self, layer_idx: int, extension: Extension) -> torch.Tensor:
-        """Count new tokens in a layer; the caller writes them to the slots of the view [B, S, C + R] it gets.
+    def extend(self, layer_idx: int, extension: Extension) -> Latents:
+        """Count new tokens in a layer; the caller writes them to the slots of the views [B, S, .] it gets.
 
         What lies in other slots than a row's own is not cleared: only a kernel that reads none of them may follow.
         """
         return self.layers[layer_idx].extend(extension)  # type: ignore[attr-defined]
+
+    def hold(self, slot: int | None) -> None:
+        """Let a window drop nothing that a token in `slot` or later may see, for rows that are behind; None for what
+        a token after the last one sees."""
+        self._held = slot
+        for layer in self.layers:
+            if isinstance(layer, LatentLayer):
+                layer.held = slot
+
+    def first_of_rows(self) -> int:
+        """The first slot that rows of their own lengths are shown; see `hold`."""
+        if self.sliding_window is None or self.max_cache_len is not None or self._held is None:
+            return 0
+        return max(0, self._held + 1 - self.sliding_window)
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether rows write at their own slots now; see `rows`."""
+        return self._rows is not None
 
     @contextmanager
     def rows(self, rows: RowSlots) -> Iterator[None]:
@@ -361,34 +155,33 @@ class LatentCache(DynamicCache):
         finally:
             self._rows = None
 
-    def shown(self, extent: int) -> int:
-        """Slots that attention is shown when `extent` of them are in use: all of a fixed cache's."""
-        return extent if self.max_cache_len is None else self.max_cache_len
+    def shown(self, extent: int) -> range:
+        """Slots that rows of their own lengths are shown when `extent` of them are in use: all of a fixed cache's."""
+        return range(self.first_of_rows(), extent) if self.max_cache_len is None else range(self.max_cache_len)
 
     def settle(self, length: int) -> None:
         """Say how many slots count from now on, in every layer."""
         for layer in self.layers:
             layer.settle(length)
 
-    def _tensors(self) -> list[torch.Tensor]:
-        layers = [layer for layer in self.layers if layer.is_initialized]
-        return [tensor for layer in layers for tensor in (layer.keys, layer.values) if tensor is not None]
+    def _stored(self) -> list[LatentLayer | StaticLatentLayer]:
+        return [layer for layer in self.layers if isinstance(layer, StoredLayer) and layer.is_initialized]  # type: ignore[misc]
 
     def nbytes(self) -> int:
-        """Bytes of the cached tokens over all layers (a fixed cache: of its whole length)."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self._tensors())
+        """Bytes of the cached tokens over all layers (a fixed cache: of its whole length; a window: of what is in
+        it)."""
+        return sum(layer.batch_size * layer.tokens * layer.format.nbytes for layer in self._stored())
 
     def bytes_per_token(self) -> int:
         """Bytes one token of one sequence takes over the layers that hold any; 0 while the cache is empty."""
-        return sum(tensor.shape[-1] * tensor.element_size() for tensor in self._tensors())
+        return sum(layer.format.nbytes for layer in self._stored())
 
 
 def joint_latents(cache: Cache | None, layer_idx: int, latents: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """[B, S, C + R] of a layer: a view where the cache keeps latents and keys together, else a copy."""
-    layer = cache.layers[layer_idx] if isinstance(cache, LatentCache) else None
-    if isinstance(layer, LatentLayer | StaticLatentLayer) and layer.keys is not None and not cache.offloading:  # type: ignore[union-attr]
-        return layer.joint()
-    return torch.cat(latents, dim=-1)[:, 0]
+    """[B, S, C + R] of what `update` gave for a layer: a view where the cache keeps both together, else a copy."""
+    layer = cache.layers[layer_idx] if isinstance(cache, LatentCache) and not cache.offloading else None
+    joint = layer.joint(latents[0].shape[2]) if isinstance(layer, LatentLayer | StaticLatentLayer) else None
+    return torch.cat(latents, dim=-1)[:, 0] if joint is None else joint
 
 
 def check_cache(cache: Cache, config: Any, batch_size: int) -> None:
@@ -398,16 +191,20 @@ def check_cache(cache: Cache, config: Any, batch_size: int) -> None:
         ValueError: latent width or batch size differ from the model's and the input's.
     """
     layer = next((layer for layer in cache.layers if getattr(layer, "is_initialized", False)), None)
-    keys = getattr(layer, "keys", None)
-    if keys is None or keys.dim() != 4:
-        return
-    if keys.shape[1] != 1 or keys.shape[-1] != config.kv_lora_rank:
+    if isinstance(layer, LatentLayer | StaticLatentLayer):
+        shape = (layer.batch_size, 1, layer.tokens, layer.format.rank)  # its `keys` may be a copy
+    else:
+        keys = getattr(layer, "keys", None)
+        if keys is None or keys.dim() != 4:
+            return
+        shape = tuple(keys.shape)
+    if shape[1] != 1 or shape[-1] != config.kv_lora_rank:
         raise ValueError(
-            f"past_key_values holds tensors of shape {tuple(keys.shape)}; this model caches latents of shape "
+            f"past_key_values holds tensors of shape {shape}; this model caches latents of shape "
             f"[batch, 1, tokens, {config.kv_lora_rank}]. Pass a cache that this model filled, or none"
         )
-    if keys.shape[0] != batch_size:
+    if shape[0] != batch_size:
         raise ValueError(
-            f"past_key_values holds {keys.shape[0]} sequences and the input has {batch_size}. Use "
+            f"past_key_values holds {shape[0]} sequences and the input has {batch_size}. Use "
             "batch_repeat_interleave or batch_select_indices on the cache, or reset() it"
         )

@@ -18,7 +18,9 @@ from torch import nn
 from ..quantization import FP8Experts, FP8Linear
 from ..quantization.linear import multiplies_fp8
 from .attention import DeepseekV3Attention, Spans
-from .cache import Extension, LatentCache, LatentLayer
+from .cache import LatentCache
+from .cache_growing import LatentLayer
+from .cache_layers import Extension
 from .layers import DeepseekV3RMSNorm
 from .moe import DeepseekV3Experts, DeepseekV3TopkRouter
 
@@ -63,17 +65,31 @@ class DecodeGraphs:
             return None
         seen = layer.get_seq_length()
         slots = torch.arange(seen, seen + tokens, device=layer.device).expand(batch, -1)
-        return Spans(self.starts, None, Extension(slots, seen + tokens, whole=True))
+        return self._within(cache.layers[: cache.config.num_hidden_layers], slots, self.starts, seen + tokens)
 
-    def row_spans(self, slots: torch.Tensor, extent: int, least: int = 0) -> Spans | None:
-        """As `spans` where rows write to [B, T] slots of their own below `extent` and see none before `least`."""
+    def row_spans(self, layers: list[Any], slots: torch.Tensor, extent: int, least: int = 0) -> Spans | None:
+        """As `spans` where rows write to [B, T] slots of their own below `extent` and see none before `least`.
+
+        layers: the cache's layers that are written to.
+        """
         if not self.take(slots.shape[1]):
             return None
         starts = self.starts
         if least:
             floor = torch.full((len(slots),), least, dtype=torch.int32, device=slots.device)
             starts = floor if starts is None else torch.maximum(starts, floor)
-        return Spans(starts, None, Extension(slots, extent, whole=True))
+        return self._within(layers, slots, starts, extent)
+
+    @staticmethod
+    def _within(layers: list[Any], slots: torch.Tensor, starts: torch.Tensor | None, extent: int) -> Spans:
+        """Spans of the layers' whole storage, wherever it begins at the time of the step."""
+        for layer in layers:
+            layer.reserve(extent)  # which may move where storage begins
+        layer = layers[0]
+        if layer.place is not None:
+            slots = slots - layer.place
+            starts = None if starts is None else (starts - layer.place).clamp(min=0).int()
+        return Spans(starts, None, Extension(slots, extent, whole=True), layer.window)
 
     def run(
         self,

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 from transformers.utils.generic import merge_with_config_defaults
@@ -190,11 +190,11 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel):
             embeds: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor, starts: torch.Tensor | None
         ) -> torch.Tensor:
             angles = self.rotary_emb(embeds, positions)
-            spans = step_spans(slots, starts, extension.extent)
+            spans = step_spans(slots, starts, given)
             kwargs = {"position_embeddings": angles, "mla_form": "absorbed", "mla_spans": spans}
             return self.run_layers(embeds, False, None, past_key_values=cache, **kwargs)[0]
 
-        extension = spans.extension
+        given, extension = spans, spans.extension
         assert extension is not None
         written = cache.layers[: self.config.num_hidden_layers]
         where = (extension.slots, spans.starts)
@@ -230,9 +230,10 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel):
         """The form of attention for this forward, the mask that it takes, and where the decode kernel serves it, what
         the mask shows."""
         length = inputs_embeds.shape[1]
-        keys = length
+        keys, first = length, 0
         if past_key_values is not None:
-            keys = past_key_values.get_mask_sizes(length, layer_idx)[0]
+            keys, first = past_key_values.get_mask_sizes(length, layer_idx)
+        window = _window(past_key_values, attention_mask, length, keys)
         form = form or choose_form(self.config, length, keys, past_key_values is not None)
         few = form == "absorbed" and length <= MOST_TOKENS
         few = few and on_kernels(inputs_embeds) and self.config._attn_implementation != "eager"
@@ -241,12 +242,15 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel):
             place = past_key_values.extension(len(inputs_embeds), 1, layer_idx, inputs_embeds.dtype)
             return form, None, Spans(None, None, place)
         config: Any = self.config
+        if form == "absorbed" or window is not None:
+            config = copy.copy(config)
+        if window is not None:
+            config.sliding_window = window
         if form == "absorbed":
             # Whatever the back end, the absorbed form takes the boolean mask that SDPA takes.
-            config = copy.copy(config)
             config._attn_implementation = "sdpa"
-        fresh = past_key_values is not None and not isinstance(keys, torch.Tensor) and keys == length
-        mask = create_causal_mask(
+        fresh = past_key_values is not None and not isinstance(keys, torch.Tensor) and keys == length and first == 0
+        mask = (create_causal_mask if window is None else create_sliding_window_causal_mask)(
             config=config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -257,7 +261,7 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel):
         )
         spans = None
         if few:
-            spans = spans_of(mask, length)  # type: ignore[arg-type]
+            spans = spans_of(mask, length, window)  # type: ignore[arg-type]
         if spans is not None and isinstance(past_key_values, LatentCache):
             place = past_key_values.extension(inputs_embeds.shape[0], length, layer_idx, inputs_embeds.dtype)
             spans = spans._replace(extension=place)
@@ -300,6 +304,24 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel):
                 f"tokens takes [{batch}, {length}] or [1, {length}]"
             )
         return position_ids
+
+
+def _window(cache: Any, attention_mask: Any, queries: int, keys: Any) -> int | None:
+    """The sliding window that a mask of `queries` x `keys` must show; None where what is shown is all to be seen.
+
+    Raises:
+        ValueError: a ready mask that is made for other slots than a cache with a window shows.
+    """
+    window = cache.sliding_window if isinstance(cache, LatentCache) else None
+    if window is None:
+        return None
+    ready = attention_mask is not None and attention_mask.dim() == 4
+    if ready and not cache.has_rows and attention_mask.shape[-1] != keys:
+        raise ValueError(
+            f"attention_mask of shape {tuple(attention_mask.shape)}: a cache with sliding_window = {window} shows "
+            f"{queries} new tokens its last {keys} slots; pass [batch, 1, {queries}, {keys}], or [batch, tokens]"
+        )
+    return None if queries == 1 and cache.max_cache_len is None else window
 
 
 def _token_mask(attention_mask: torch.Tensor | None, length: int) -> torch.Tensor | None:

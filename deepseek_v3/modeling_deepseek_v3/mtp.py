@@ -104,7 +104,7 @@ def _depth_step(
     model: DeepseekV3Model, layer: DeepseekV3MTPLayer, rows: tuple[torch.Tensor, ...], cache: Any, spans: Spans
 ) -> torch.Tensor:
     """One MTP module in a decode step, replayed from a graph; `rows` are states, embeddings and positions."""
-    extension, index = spans.extension, layer.self_attn.layer_idx
+    given, extension, index = spans, spans.extension, layer.self_attn.layer_idx
     assert extension is not None
 
     def run(
@@ -114,7 +114,7 @@ def _depth_step(
         slots: torch.Tensor,
         starts: torch.Tensor | None,
     ) -> torch.Tensor:
-        spans = step_spans(slots, starts, extension.extent)
+        spans = step_spans(slots, starts, given)
         kwargs = {"position_embeddings": model.rotary_emb(previous, positions), "past_key_values": cache}
         return layer(previous, embeds, mla_form="absorbed", mla_spans=spans, **kwargs)
 

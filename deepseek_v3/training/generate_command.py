@@ -29,6 +29,12 @@ def add_command(commands: Any) -> None:
         help="MTP drafts a step: a number, auto, or 0 for plain decoding (default: auto where the model has MTP)",
     )
     generate.add_argument("--dtype", default="auto", help="of the weights (default: as stored)")
+    generate.add_argument(
+        "--cache-dtype", metavar="DTYPE", help="float8_e4m3fn keeps latents in FP8 (default: the model's dtype)"
+    )
+    generate.add_argument(
+        "--sliding-window", type=int, metavar="W", help="let each token see the last W tokens (default: all)"
+    )
     generate.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     generate.set_defaults(func=_generate)
 
@@ -54,6 +60,10 @@ def _generate(args: argparse.Namespace) -> int:
     options = {"max_new_tokens": args.max_new_tokens, "do_sample": args.temperature > 0}
     if args.temperature > 0:
         options |= {"temperature": args.temperature, "top_p": args.top_p}
+    kind = {"dtype": args.cache_dtype, "sliding_window": args.sliding_window}
+    kind = {name: value for name, value in kind.items() if value is not None}
+    if kind:
+        options["cache_config"] = kind
     drafts = args.drafts
     if drafts is None:
         drafts = "auto" if model.config.num_nextn_predict_layers else 0

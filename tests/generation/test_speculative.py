@@ -9,7 +9,7 @@ from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria, Te
 
 from deepseek_v3 import DeepseekV3ForCausalLM, LatentCache
 from deepseek_v3.configuration import preset
-from deepseek_v3.modeling_deepseek_v3.cache import LatentLayer
+from deepseek_v3.modeling_deepseek_v3.cache_growing import LatentLayer
 from deepseek_v3.training.data import train_tokenizer
 from twins import YARN, make_model
 

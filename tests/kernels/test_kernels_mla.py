@@ -262,6 +262,18 @@ def test_fp8_latents(target, heads, rank, pe, uneven):
     compare(got, expected, target.dtype, lse_error=1e-2 * factor, factor=factor)
 
 
+@pytest.mark.parametrize("rank", [48, 300])
+def test_fp8_latents_whose_last_group_is_short(rank):
+    q_latent, q_rope, latent, rope = (
+        torch.randn(s) for s in ((2, 2, 3, rank), (2, 2, 3, 8), (2, 20, rank), (2, 20, 8))
+    )
+    codes, scale = quantize_activation(latent)
+    assert scale.shape == (2, 20, -(-rank // 128))
+    got = mla_decode(q_latent, q_rope, codes, rope, scale=0.1, latent_scale=scale, sliding_window=7)
+    values = codes.double() * scale.double().repeat_interleave(128, -1)[..., :rank]
+    compare(got, truth(q_latent, q_rope, values, rope, 0.1, [20, 20], [0, 0], 7), torch.float32)
+
+
 def test_compiles_to_one_node(target):
     case = {
         "batch": 2,

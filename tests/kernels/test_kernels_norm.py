@@ -85,6 +85,40 @@ def test_write_latents(target, interleave):
     assert storage[..., rank + width :].isnan().all()
 
 
+@pytest.mark.parametrize("rank", [16, 48, 128, 300, 512])
+def test_write_latents_as_codes(target, rank):
+    """What a plain write leaves, quantised by the formula: groups of 128 channels, the last one short."""
+    batch, tokens, slots, width, groups = 2, 3, 7, 16, -(-rank // 128)
+    rope_at = rank + 4 * groups
+    storage = torch.full((batch, slots, rope_at + 2 * width + 8), 255, dtype=torch.uint8, device=target.device)
+    codes = storage[..., :rank].view(torch.float8_e4m3fn)
+    scale = storage[..., rank:rope_at].view(torch.float32)
+    plain = torch.zeros(batch, slots, rank + width).to(target.dtype).to(target.device)
+    rope = plain.new_zeros(batch, slots, width)
+    size = torch.logspace(-3, 2, rank)
+    compressed = torch.cat((torch.randn(batch, tokens, rank) * size, torch.randn(batch, tokens, width)), -1)
+    compressed[0, 1, :rank] = 0
+    compressed, weight = compressed.to(target.dtype), torch.randn(rank).to(target.dtype)
+    places = torch.tensor([[0, 5, 6], [4, 2, 1]])
+    given = [t.to(target.device) for t in (compressed, weight, *angles(batch, tokens, width, target.dtype), places)]
+    write_latents(plain[..., :rank], plain[..., rank:], *given, backend=target.backend)
+    write_latents(codes, rope, *given, scale=scale, backend=target.backend)
+    assert torch.equal(rope, plain[..., rank:])
+    for b in range(batch):
+        for s in range(slots):
+            if s not in places[b]:
+                assert (storage[b, s] == 255).all()
+                continue
+            for g in range(groups):
+                part = slice(g * 128, min(rank, g * 128 + 128))
+                value = plain[b, s, part].float().cpu()
+                step = value.abs().max().clamp(min=448 * 2.0**-126) / 448
+                assert scale[b, s, g].item() == step.item()
+                expected = (value / step).clamp(-448, 448).to(torch.float8_e4m3fn)
+                assert torch.equal(codes[b, s, part].cpu().float(), expected.float())
+    assert (storage[..., rope_at:] == 255).all()
+
+
 def test_operations_have_fakes(target):
     x, weight = torch.randn(2, 3, 64), torch.randn(64)
     cos, sin = angles(2, 3, 16, target.dtype)
@@ -96,7 +130,8 @@ def test_operations_have_fakes(target):
         ops.rms_norm: (x, weight, 1e-6, x.clone(), b),
         ops.rotate: (x[:, None, :, :16], cos, sin, True, b),
         ops.write_latents_: (
-            cache, cache.new_zeros(2, 5, 16), torch.cat((x, x[..., :16]), -1), weight, 1e-6, cos, sin, slots, True, b
+            cache, cache.new_zeros(2, 5, 16), torch.cat((x, x[..., :16]), -1), weight, 1e-6, cos, sin, slots,
+            True, None, b,
         ),
     }.items():  # fmt: skip
         torch.library.opcheck(operation.default, arguments, test_utils=("test_schema", "test_faketensor"))
@@ -119,6 +154,8 @@ def test_gradients_flow_through_the_reference():
         (lambda: write(torch.zeros(1, 2)), "slots"),
         (lambda: write(torch.zeros(1, 1).long(), rank=5), "does not fit"),
         (lambda: write(torch.zeros(1, 1).long(), grad=True), "no gradient"),
+        (lambda: write(torch.zeros(1, 1).long(), scale=torch.ones(1, 3, 1)), "scale must be"),
+        (lambda: write(torch.zeros(1, 1).long(), dtype=torch.float8_e4m3fn), "scale must be"),
     ],
 )
 def test_mistakes_are_named(call, words):
@@ -126,7 +163,8 @@ def test_mistakes_are_named(call, words):
         call()
 
 
-def write(slots, rank=4, grad=False):
+def write(slots, rank=4, grad=False, dtype=torch.float32, scale=None):
     compressed = torch.ones(1, 1, 6, requires_grad=grad)
     turn = torch.ones(1, 1, 2)
-    write_latents(torch.ones(1, 3, rank), torch.ones(1, 3, 2), compressed, torch.ones(rank), turn, turn, slots)
+    latent, rope = torch.ones(1, 3, rank).to(dtype), torch.ones(1, 3, 2)
+    write_latents(latent, rope, compressed, torch.ones(rank), turn, turn, slots, scale=scale)

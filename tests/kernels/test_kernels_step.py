@@ -74,6 +74,35 @@ def test_norm_and_write(target, batch, shared, rank, width, low, interleave):
     assert storage[..., rank + width :].isnan().all()
 
 
+@pytest.mark.parametrize("rank", [48, 300, 512])
+def test_norm_and_write_as_codes(target, rank):
+    """What a plain write leaves, quantised by the formula; the slots lie as in a cache of bytes."""
+    tokens, slots, width, low, groups = 3, 7, 16, 24, -(-rank // 128)
+    storage = torch.full((1, slots, rank + 4 * groups + 12), 255, dtype=torch.uint8, device=target.device)
+    codes = storage[..., :rank].view(torch.float8_e4m3fn)
+    scale = storage[..., rank : rank + 4 * groups].view(torch.float32)
+    compressed = torch.randn(1, tokens, rank + width) * torch.logspace(-3, 2, rank + width)
+    query, places = torch.randn(1, tokens, low), torch.tensor([[4, 2, 1]])
+    weights = torch.randn(low), torch.randn(rank)
+    query, low_weight, compressed, weight = (x.to(target.dtype) for x in (query, weights[0], compressed, weights[1]))
+    given = [t.to(target.device) for t in (compressed, weight, *angles(1, tokens, width, target.dtype), places)]
+    ours = [t.to(target.device) for t in (query, low_weight)]
+    plain, ropes = given[0].new_zeros(1, slots, rank), given[0].new_zeros(2, 1, slots, width)
+    expected = norm_and_write(*ours, plain, ropes[0], *given, backend=target.backend)
+    out = norm_and_write(*ours, codes, ropes[1], *given, scale=scale, backend=target.backend)
+    assert torch.equal(out, expected) and torch.equal(*ropes)
+    for s in range(slots):
+        if s not in places[0]:
+            assert (storage[0, s] == 255).all()
+            continue
+        for group, part in enumerate(plain[0, s].float().cpu().split(128)):
+            step = part.abs().max() / 448
+            assert scale[0, s, group].item() == step.item()
+            wanted = (part / step).clamp(-448, 448).to(torch.float8_e4m3fn).float()
+            assert torch.equal(codes[0, s].cpu().float().split(128)[group], wanted)
+    assert (storage[..., rank + 4 * groups :] == 255).all()
+
+
 @pytest.mark.parametrize("interleave", [True, False])
 @pytest.mark.parametrize(
     "batch, tokens, heads, nope, rope, value, rank, shared",
@@ -103,12 +132,20 @@ def test_operations_have_fakes(target):
         ops.rope_angles: (slots, torch.ones(4, device=target.device), 1.0, target.dtype, b),
         ops.norm_and_write_: (
             x, x.new_ones(24), 1e-6, cache, x.new_zeros(2, 5, 8), x.clone(), x.new_ones(16), 1e-6, cos, sin, slots,
-            True, b,
+            True, None, b,
         ),
         ops.absorb_queries: (q, weight, cos, sin, True, b),
         ops.absorb_outputs: (q.new_ones(2, 3, 2, 32), weight, 8, b),
     }.items():  # fmt: skip
         torch.library.opcheck(operation.default, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def cache_of(x):
+    return x[..., :4], x[..., 4:], x
+
+
+def slots_of(x):
+    return torch.zeros(x.shape[:2], dtype=torch.int64)
 
 
 @pytest.mark.parametrize(
@@ -117,6 +154,7 @@ def test_operations_have_fakes(target):
         (lambda x: rope_angles(x, x[0], 1.0, torch.float32), "B, T"),
         (lambda x: norm_and_write(x, x[0, 0], *[x] * 7), "slots|does not fit"),
         (lambda x: norm_and_write(x, x[0, 0, 1:], *[x] * 7), "do not fit compressed"),
+        (lambda x: norm_and_write(x, x[0, 0], *cache_of(x), *[x] * 3, slots_of(x), scale=x), "scale must be"),
         (lambda x: absorb_queries(x[:, :, None], x[0], x[:, 1:], x[:, 1:]), "B, T, H"),
         (lambda x: absorb_outputs(x[:, :, None], x[0, :, 1:], 4), "B, T, H, C"),
         (lambda x: absorb_outputs(x[:, :, None].requires_grad_(), x[0], 2), "no gradient"),

@@ -77,6 +77,20 @@ def test_replayed_steps_give_the_tokens_of_steps_that_are_not(pair, tokens, padd
             assert torch.equal(gpu.generate(prompt, **kwargs, **mtp), plain), (dtype, mtp)
 
 
+@pytest.mark.parametrize("dtype", [None, "float8_e4m3fn"])
+@pytest.mark.parametrize("window", [None, 20])
+def test_codes_and_windows_decode_alike_replayed_or_not(pair, tokens, dtype, window):
+    gpu, prompt = pair[1], tokens.to("cuda")
+    mask = torch.ones_like(prompt)
+    mask[0, :5] = 0
+    kind = {"dtype": dtype, "sliding_window": window}
+    kwargs = {"max_new_tokens": 40, "do_sample": False, "attention_mask": mask, "eos_token_id": None}
+    plain = gpu.generate(prompt, disable_compile=True, cache_config=kind, **kwargs)
+    assert torch.equal(gpu.generate(prompt, cache_config=kind, **kwargs), plain)
+    drafts = {"use_mtp": True, "num_assistant_tokens": 2}
+    assert torch.equal(gpu.generate(prompt, cache_config=kind, **drafts, **kwargs), plain)
+
+
 def test_steps_are_replayed_where_nothing_forbids_it(pair, tokens, monkeypatch):
     replays = []
     replay = torch.cuda.CUDAGraph.replay

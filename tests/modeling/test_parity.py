@@ -6,6 +6,7 @@ from transformers import DynamicCache
 
 from deepseek_v3 import LatentCache
 from deepseek_v3.modeling_deepseek_v3.attention import absorbed_attention, fused_absorbed_attention, spans_of
+from deepseek_v3.modeling_deepseek_v3.latents import Latents
 from twins import YARN, make_model, native_twin
 
 TOLERANCE = 1e-5
@@ -156,7 +157,8 @@ def test_the_decode_kernels_form_equals_the_plain_absorbed_one(length, side):
         torch.cat(query, dim=-1).transpose(1, 2),
         (torch.ones(1, length, rope), torch.zeros(1, length, rope)),
     )
-    fused = fused_absorbed_attention(together, still, latents, weight, spans, 0.3, interleave=False)
+    held = Latents(latents[..., :rank], latents[..., rank:])
+    fused = fused_absorbed_attention(together, still, held, weight, spans, 0.3, interleave=False)
     plain, _ = absorbed_attention(query, latents, weight, mask, 0.3)
     # Sums of numbers of size 5 in another order.
     torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-4)

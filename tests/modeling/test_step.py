@@ -9,6 +9,9 @@ from deepseek_v3 import LatentCache
 from deepseek_v3.modeling_deepseek_v3 import decoder, layers, model, moe, rope
 from twins import make_model, native_twin
 
+FP8 = torch.float8_e4m3fn
+KINDS = [{"dtype": FP8}, {"sliding_window": 5}, {"dtype": FP8, "sliding_window": 5}]
+
 
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch):
@@ -23,12 +26,14 @@ def fused(**overrides):
 
 
 @torch.no_grad()
-def decoded(one, tokens, prompt=9):
-    """Logits of the tokens after the prompt, one at a time over a cache."""
-    cache = LatentCache(one.config)
-    one(tokens[:, :prompt], past_key_values=cache)
-    steps = [one(tokens[:, i : i + 1], past_key_values=cache).logits for i in range(prompt, tokens.shape[1])]
-    return torch.cat(steps, dim=1)
+def decoded(one, tokens, prompt=9, together=1, mask=None, **kind):
+    """Logits of the tokens after the prompt, so many together at a time, over a cache of that kind."""
+    cache = LatentCache(one.config, **kind)
+    logits = []
+    for start, end in [(0, prompt), *((i, i + together) for i in range(prompt, tokens.shape[1], together))]:
+        given = None if mask is None else mask[:, :end]
+        logits.append(one(tokens[:, start:end], attention_mask=given, past_key_values=cache).logits)
+    return torch.cat(logits[1:], dim=1)
 
 
 def relative(got, wanted):
@@ -86,3 +91,25 @@ def test_a_replaced_linear_counts_at_once(name):
     with torch.no_grad():
         layer.get_submodule(name).weight.mul_(2)
     assert relative(wrapped, decoded(made, tokens)) < 1e-5
+
+
+@pytest.mark.parametrize("together", [1, 2])
+@pytest.mark.parametrize("length", [None, 20])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(
+    "kind",
+    [{"dtype": torch.float8_e4m3fn}, {"sliding_window": 5}, {"dtype": torch.float8_e4m3fn, "sliding_window": 5}],
+)
+def test_steps_over_codes_and_windows_are_those_of_the_modules(kind, padded, length, together, monkeypatch):
+    """A chunk of several tokens goes through `write_latents` as well, and a mask is read as spans."""
+    tokens = torch.randint(3, 60, (2, 15), generator=torch.Generator().manual_seed(7))
+    mask = torch.ones_like(tokens) if padded else None
+    if padded:
+        mask[1, :4] = 0
+    made = fused(kv_lora_rank=160)
+    ours = decoded(made, tokens, 9, together, mask, max_cache_len=length, **kind)
+    for module in (decoder, layers, model, moe, rope):
+        monkeypatch.setattr(module, "on_kernels", lambda x: False)
+    # Codes that lie between two numbers fall to either side with the last digit of what they are made of.
+    bound = 2e-3 if "dtype" in kind else 1e-5
+    assert relative(ours, decoded(made, tokens, 9, together, mask, max_cache_len=length, **kind)) < bound

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from deepseek_v3 import LatentCache
 from deepseek_v3.cli import main
 from deepseek_v3.training.demo_decoding import compare_decoding
 
@@ -54,6 +55,18 @@ def test_generate_streams_completions_with_figures(trained, capsys):
     assert "[12 tokens, " in shown["0"].err
 
 
+def test_generate_takes_the_kind_of_cache(trained, capsys):
+    folder, prompt = str(trained / "out"), "def function_1(argument):\n    return"
+    command = ["generate", "--model", folder, "--prompt", prompt, "--max-new-tokens", "24"]
+    kind = {"dtype": torch.float8_e4m3fn, "sliding_window": 3}
+    assert main([*command, "--cache-dtype", "float8_e4m3fn", "--sliding-window", "3"]) == 0
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    inputs = {name: tokenizer(prompt, return_tensors="pt")[name] for name in ("input_ids", "attention_mask")}
+    cache = LatentCache(model.config, **kind)
+    out = model.generate(**inputs, max_new_tokens=24, do_sample=False, past_key_values=cache)[0]
+    assert capsys.readouterr().out == prompt + tokenizer.decode(out[inputs["input_ids"].shape[1] :]) + "\n"
+
+
 def test_the_demo_compares_decodings_of_the_same_text(trained):
     folder = trained / "out"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
@@ -83,6 +96,7 @@ def test_train_goes_on_from_a_folder(trained):
         (["train", "--data", "{data}", "--output", "out", "--model", "huge"], "neither a preset"),
         (["train", "--data", "{data}", "--output", "out", "--set", "n_group"], "write FIELD=VALUE"),
         (["train", "--data", "{data}", "--output", "out", "--set", "n_group=3", "--held-out", "0.1"], "n_group = 3"),
+        (["generate", "--model", "{data}/../out", "--prompt", "x", "--sliding-window", "0"], "sliding_window = 0"),
         (["generate", "--model", "nowhere", "--prompt", "x"], "nowhere"),
         (["generate", "--model", "{data}/../out", "--prompt", "x", "--chat"], "no chat template"),
     ],

@@ -31,7 +31,7 @@ def mla_decode(q_latent, q_rope, latent, rope, scale, lengths, starts, latent_sc
     dead = ~mask.any(dim=1)[..., None]  # [B or 1, S, 1]
     values = latent.to(wide)
     if latent_scale is not None:
-        values = values * latent_scale.to(wide).repeat_interleave(SCALE_GROUP, -1)
+        values = values * latent_scale.to(wide).repeat_interleave(SCALE_GROUP, -1)[..., : latent.shape[2]]
     values = values.masked_fill(dead, 0)  # [B, S, C]
     keys = rope.to(wide).masked_fill(dead, 0)  # [B, S, R]
     logits = torch.einsum("bthc,bsc->bths", q_latent.to(wide), values)

@@ -2,6 +2,9 @@
 
 import torch
 
+from .mla import SCALE_GROUP
+from .quantize import AMAX_FLOOR, quantize_activation
+
 
 def rms_norm(x, weight, eps, residual):
     """See ``deepseek_v3.kernels.rms_norm``."""
@@ -21,9 +24,14 @@ def rotate(x, cos, sin, interleave):
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
-def write_latents(latent, rope, compressed, weight, eps, cos, sin, slots, interleave):
+def write_latents(latent, rope, compressed, weight, eps, cos, sin, slots, interleave, scale):
     """See ``deepseek_v3.kernels.write_latents``."""
     rank = latent.shape[2]
     row = torch.arange(latent.shape[0], device=latent.device)[:, None]
-    latent[row, slots] = rms_norm(compressed[..., :rank], weight, eps, None)[0].to(latent.dtype)
+    value = rms_norm(compressed[..., :rank], weight, eps, None)[0]
+    if scale is None:
+        latent[row, slots] = value.to(latent.dtype)
+    else:
+        codes, scale[row, slots] = quantize_activation(value, SCALE_GROUP, None, AMAX_FLOOR)
+        latent.view(torch.uint8)[row, slots] = codes.view(torch.uint8)
     rope[row, slots] = rotate(compressed[:, None, :, rank:], cos, sin, interleave)[:, 0].to(rope.dtype)

@@ -12,9 +12,11 @@ def rope_angles(positions, frequencies, factor, dtype):
     return (angle.cos() * factor).to(dtype), (angle.sin() * factor).to(dtype)
 
 
-def norm_and_write(low, low_weight, low_eps, latent, rope, compressed, weight, eps, cos, sin, slots, interleave):
+def norm_and_write(
+    low, low_weight, low_eps, latent, rope, compressed, weight, eps, cos, sin, slots, interleave, scale
+):
     """See ``deepseek_v3.kernels.norm_and_write``."""
-    write_latents(latent, rope, compressed, weight, eps, cos, sin, slots, interleave)
+    write_latents(latent, rope, compressed, weight, eps, cos, sin, slots, interleave, scale)
     return rms_norm(low, low_weight, low_eps, None)[0]
 
 

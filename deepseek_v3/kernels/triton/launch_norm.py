@@ -2,6 +2,7 @@
 
 import torch
 
+from ..reference.norm import AMAX_FLOOR, SCALE_GROUP
 from .launching import Launcher, next_power_of_2
 from .norm import rms_norm_rows, rotate_rows, write_rows
 
@@ -35,14 +36,25 @@ def rotate(x, cos, sin, interleave):
     return out
 
 
-def write_latents(latent, rope, compressed, weight, eps, cos, sin, slots, interleave):
+def of_cache(latent, rope, scale, interleave):
+    """What every launch that writes latents passes on: strides, and the constants of ``write_row``."""
+    block = next_power_of_2(latent.shape[2])
+    strides = (*latent.stride()[:2], *rope.stride()[:2], *((0, 0, 0) if scale is None else scale.stride()))
+    constants = {
+        "INTERLEAVE": interleave, "BLOCK": block, "HALF": next_power_of_2(rope.shape[2] // 2),
+        "GROUP": min(SCALE_GROUP, block), "CODED": scale is not None, "num_warps": 4,
+    }  # fmt: skip
+    return strides, constants
+
+
+def write_latents(latent, rope, compressed, weight, eps, cos, sin, slots, interleave, scale):
     """See ``deepseek_v3.kernels.write_latents``."""
     batch, tokens, _ = compressed.shape
-    rank, half = latent.shape[2], rope.shape[2] // 2
+    strides, constants = of_cache(latent, rope, scale, interleave)
     if compressed.numel():
         _write(
-            (tokens, batch, 1), (compressed, weight, cos, sin, slots, latent, rope),
-            (rank, half, eps, *compressed.stride()[:2], *cos.stride()[:2], *slots.stride(), *latent.stride()[:2],
-             *rope.stride()[:2]), (latent.shape[1],),
-            INTERLEAVE=interleave, BLOCK=next_power_of_2(rank), HALF=next_power_of_2(half), num_warps=4,
+            (tokens, batch, 1), (compressed, weight, cos, sin, slots, latent, rope, scale),
+            (latent.shape[2], rope.shape[2] // 2, eps, AMAX_FLOOR, *compressed.stride()[:2], *cos.stride()[:2],
+             *slots.stride(), *strides), (latent.shape[1],),
+            **constants,
         )  # fmt: skip

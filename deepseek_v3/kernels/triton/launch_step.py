@@ -2,6 +2,8 @@
 
 import torch
 
+from ..reference.norm import AMAX_FLOOR
+from .launch_norm import of_cache
 from .launching import Launcher, cdiv, next_power_of_2
 from .step import angle_rows, head_products, norm_and_write_rows
 
@@ -22,18 +24,19 @@ def rope_angles(positions, frequencies, factor, dtype):
     return cos, sin
 
 
-def norm_and_write(low, low_weight, low_eps, latent, rope, compressed, weight, eps, cos, sin, slots, interleave):
+def norm_and_write(
+    low, low_weight, low_eps, latent, rope, compressed, weight, eps, cos, sin, slots, interleave, scale
+):
     """See ``deepseek_v3.kernels.norm_and_write``."""
     batch, tokens, width = low.shape
-    rank, half = latent.shape[2], rope.shape[2] // 2
+    strides, constants = of_cache(latent, rope, scale, interleave)
     out = torch.empty(low.shape, dtype=low.dtype, device=low.device)
     if out.numel():
         _norm_and_write(
-            (tokens, batch, 2), (low, low_weight, out, compressed, weight, cos, sin, slots, latent, rope),
-            (width, rank, half, low_eps, eps, *low.stride()[:2], *compressed.stride()[:2], *cos.stride()[:2],
-             *slots.stride(), *latent.stride()[:2], *rope.stride()[:2]), (latent.shape[1],),
-            INTERLEAVE=interleave, LOW=next_power_of_2(width), BLOCK=next_power_of_2(rank),
-            HALF=next_power_of_2(half), num_warps=4,
+            (tokens, batch, 2), (low, low_weight, out, compressed, weight, cos, sin, slots, latent, rope, scale),
+            (width, low_eps, *low.stride()[:2], latent.shape[2], rope.shape[2] // 2, eps, AMAX_FLOOR,
+             *compressed.stride()[:2], *cos.stride()[:2], *slots.stride(), *strides), (latent.shape[1],),
+            LOW=next_power_of_2(width), **constants,
         )  # fmt: skip
     return out
 

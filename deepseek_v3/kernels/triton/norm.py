@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from .quantize import encoded, largest, scale_of
+
 
 @triton.jit
 def normalised(value, weight, count, eps, DTYPE: tl.constexpr):
@@ -59,10 +61,13 @@ def rotate_rows(
 
 @triton.jit
 def write_row(
-    source, weight, cos, sin, slot, latent, rope, rank, half, capacity, eps, place, c_s, r_s,
-    INTERLEAVE: tl.constexpr, BLOCK: tl.constexpr, HALF: tl.constexpr,
+    source, weight, cos, sin, slot, latent, rope, scale, rank, half, capacity, eps, floor, place, c_s, r_s, s_s, s_g,
+    INTERLEAVE: tl.constexpr, BLOCK: tl.constexpr, HALF: tl.constexpr, GROUP: tl.constexpr, CODED: tl.constexpr,
 ):  # fmt: skip
-    """The token at source: its normalised latent and rotated key to slot; place: its row of cos and sin."""
+    """The token at source: its normalised latent and rotated key to slot; place: its row of cos and sin.
+
+    CODED: the latent as E4M3 codes, with a scale for each GROUP channels.
+    """
     inside = (slot >= 0) & (slot < capacity)
     dtype: tl.constexpr = source.dtype.element_ty
     col = tl.arange(0, BLOCK)
@@ -70,7 +75,15 @@ def write_row(
     value = tl.load(source + col, mask=mask, other=0.0).to(tl.float32)
     w = tl.load(weight + col, mask=mask, other=0.0)
     result = normalised(value, w, rank, eps, dtype)
-    tl.store(latent + slot * c_s + col, result.to(latent.dtype.element_ty), mask=mask & inside)
+    if CODED:
+        wide = tl.reshape(tl.where(mask, result, 0.0).to(tl.float32), (BLOCK // GROUP, GROUP))
+        group = tl.arange(0, BLOCK // GROUP)
+        channel = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+        step = scale_of(largest(wide, 1), floor, False)
+        tl.store(scale + slot * s_s + group * s_g, step, mask=(group * GROUP < rank) & inside)
+        tl.store(latent + slot * c_s + channel, encoded(wide, step[:, None]), mask=(channel < rank) & inside)
+    else:
+        tl.store(latent + slot * c_s + col, result.to(latent.dtype.element_ty), mask=mask & inside)
     first, second, lane, live = turned(source + rank, cos, sin, half, place, INTERLEAVE, HALF, dtype)
     target = rope + slot * r_s + lane
     tl.store(target, first.to(rope.dtype.element_ty), mask=live & inside)
@@ -79,15 +92,15 @@ def write_row(
 
 @triton.jit(do_not_specialize=["capacity"])
 def write_rows(
-    compressed, weight, cos, sin, slots, latent, rope, rank, half, eps,
-    x_b, x_t, cos_b, cos_t, slot_b, slot_t, c_b, c_s, r_b, r_s, capacity,
-    INTERLEAVE: tl.constexpr, BLOCK: tl.constexpr, HALF: tl.constexpr,
+    compressed, weight, cos, sin, slots, latent, rope, scale, rank, half, eps, floor,
+    x_b, x_t, cos_b, cos_t, slot_b, slot_t, c_b, c_s, r_b, r_s, s_b, s_s, s_g, capacity,
+    INTERLEAVE: tl.constexpr, BLOCK: tl.constexpr, HALF: tl.constexpr, GROUP: tl.constexpr, CODED: tl.constexpr,
 ):  # fmt: skip
     """One new token: its normalised latent and rotated key into the slot of the cache that slots names."""
     t = tl.program_id(0).to(tl.int64)
     b = tl.program_id(1).to(tl.int64)
     write_row(
         compressed + b * x_b + t * x_t, weight, cos, sin, tl.load(slots + b * slot_b + t * slot_t).to(tl.int64),
-        latent + b * c_b, rope + b * r_b, rank, half, capacity, eps, b * cos_b + t * cos_t, c_s, r_s,
-        INTERLEAVE, BLOCK, HALF,
+        latent + b * c_b, rope + b * r_b, scale + b * s_b if CODED else None, rank, half, capacity, eps, floor,
+        b * cos_b + t * cos_t, c_s, r_s, s_s, s_g, INTERLEAVE, BLOCK, HALF, GROUP, CODED,
     )  # fmt: skip

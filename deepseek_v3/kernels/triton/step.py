@@ -26,10 +26,11 @@ def angle_rows(positions, frequencies, cos, sin, tokens, half, factor, p_b, p_t,
 
 @triton.jit(do_not_specialize=["capacity"])
 def norm_and_write_rows(
-    low, low_weight, out, compressed, weight, cos, sin, slots, latent, rope,
-    low_width, rank, half, low_eps, eps,
-    l_b, l_t, x_b, x_t, cos_b, cos_t, slot_b, slot_t, c_b, c_s, r_b, r_s, capacity,
-    INTERLEAVE: tl.constexpr, LOW: tl.constexpr, BLOCK: tl.constexpr, HALF: tl.constexpr,
+    low, low_weight, out, compressed, weight, cos, sin, slots, latent, rope, scale,
+    low_width, low_eps, l_b, l_t, rank, half, eps, floor,
+    x_b, x_t, cos_b, cos_t, slot_b, slot_t, c_b, c_s, r_b, r_s, s_b, s_s, s_g, capacity,
+    LOW: tl.constexpr, INTERLEAVE: tl.constexpr, BLOCK: tl.constexpr, HALF: tl.constexpr, GROUP: tl.constexpr,
+    CODED: tl.constexpr,
 ):  # fmt: skip
     """One token: its query's low rank normalised to out [B, T, low_width], or its latent and key into the cache."""
     t = tl.program_id(0).to(tl.int64)
@@ -45,8 +46,8 @@ def norm_and_write_rows(
     else:
         write_row(
             compressed + b * x_b + t * x_t, weight, cos, sin, tl.load(slots + b * slot_b + t * slot_t).to(tl.int64),
-            latent + b * c_b, rope + b * r_b, rank, half, capacity, eps, b * cos_b + t * cos_t, c_s, r_s,
-            INTERLEAVE, BLOCK, HALF,
+            latent + b * c_b, rope + b * r_b, scale + b * s_b if CODED else None, rank, half, capacity, eps, floor,
+            b * cos_b + t * cos_t, c_s, r_s, s_s, s_g, INTERLEAVE, BLOCK, HALF, GROUP, CODED,
         )  # fmt: skip
 
 

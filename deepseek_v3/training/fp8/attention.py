@@ -137,7 +137,8 @@ class FP8TrainingAttention(FP8Module, DeepseekV3Attention):
 
     def _up(self, low: torch.Tensor, compressed: torch.Tensor, angles: Any) -> Heads:
         """Queries, keys and values from the low-rank query (or, without one, the hidden states) and the latents."""
-        return self._heads(self._up_query(low), self._latents(compressed, angles), angles)
+        latents = self._latents(compressed, angles)
+        return self._heads(self._up_query(low), latents, angles, self.kv_b_proj(latents[0][:, 0]))
 
     def _again(self, low: torch.Tensor, compressed: torch.Tensor, angles: Any, heads: Heads) -> Again | None:
         # Without a low rank the query's input is not kept, and no latent either.
