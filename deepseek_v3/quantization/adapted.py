@@ -1,9 +1,10 @@
 """Products with frozen stacks of experts that LoRA adapts: the low-rank factors multiply beside the stack.
 
 Special about it: PEFT's `target_parameters` parametrises a stack with W + s B A for the time of a forward. Whoever
-reads that parameter makes a second stack, in every forward and for every token that is decoded; here the factors are
-taken from the parametrisation instead, and nothing of a stack's size is made. They and what they give stay in float32
-until the sum is rounded once, because low-rank products in BF16 lose more than all else that is rounded here.
+reads that parameter makes a second stack, and keeps it for the gradient; here the factors are taken from the
+parametrisation instead. (PEFT has the sum made once itself, to look at its shape, and drops it.) The factors and what
+they give stay in float32 until the sum is rounded once, because low-rank products in BF16 lose as much as all else
+that is rounded here.
 
 Letters: n tokens, P rows sorted by expert, E experts, D hidden, F expert width, N and K rows and columns of one
 expert's matrix, r rank.
