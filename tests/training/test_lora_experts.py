@@ -52,9 +52,9 @@ def sums(monkeypatch):
 def test_no_sum_of_a_stacks_size_is_made(implementation, sums):
     base = make_model()
     twin, model = float64_twin(base), adapted(base)
-    base.set_experts_implementation(implementation)
     expected, leaves = reference(model, twin, TOKENS, labels=TOKENS)
     expected.loss.backward()
+    base.set_experts_implementation(implementation)
     model(TOKENS, labels=TOKENS).loss.backward()
     for name, (a, b, _) in adapters(model).items():
         for parameter, leaf in zip((a, b), leaves[name], strict=True):
@@ -135,9 +135,10 @@ def errors(model, stacks, dtype, seed):
 
 
 @pytest.mark.parametrize(
-    # measured: 0.45 and 0.9 percent; PEFT itself rounds the factors over a BF16 stack: 0.64 and 1.2
+    # measured: means of 0.47, 0.50 and 0.54 percent, worst 0.7, 1.0 and 1.5. With factors and what they give rounded
+    # to BF16 too the mean is 0.8; over a BF16 stack PEFT rounds the factors before anybody sees them.
     ("held", "mean", "worst"),
-    [("nf4", 6e-3, 1.4e-2), ("autocast", 6e-3, 1.4e-2), ("bf16", 8e-3, 1.7e-2)],
+    [("nf4", 6e-3, 1.2e-2), ("autocast", 6e-3, 1.5e-2), ("bf16", 6.5e-3, 2e-2)],
 )
 def test_what_bf16_loses(held, mean, worst, folder, sums):
     experts, dtype, stacks = one_layer(folder, held)
@@ -146,12 +147,10 @@ def test_what_bf16_loses(held, mean, worst, folder, sums):
         torch.nn.ModuleDict({"experts": experts}), LoraConfig(r=4, lora_alpha=8, target_parameters=targets)
     )
     found = torch.tensor([errors(model, stacks, dtype, seed) for seed in range(20)])
-    print(held, found.mean(), found.max())
     assert found.shape == (20, 6) and not sums
     assert found.mean() < mean and found.max() < worst
     if held == "bf16":
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(DeepseekV3Experts, "_adapted", lambda self: {})
             theirs = torch.tensor([errors(model, stacks, dtype, seed) for seed in range(20)])
-        print(theirs.mean(), theirs.max())
-        assert found.mean() < 0.9 * theirs.mean() and sums
+        assert found.mean() < theirs.mean() and sums
