@@ -241,6 +241,11 @@ class DeepseekV3MoE(nn.Module):
         shared = config.moe_intermediate_size * config.n_shared_experts
         self.shared_experts = DeepseekV3MLP(config, intermediate_size=shared) if shared else None
 
+    @property
+    def router(self) -> DeepseekV3TopkRouter:
+        """The gate, from under the adapters that may wrap it."""
+        return next(module for module in self.gate.modules() if isinstance(module, DeepseekV3TopkRouter))
+
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.forward_with_statistics(hidden_states, None, wanted=False)[0]
 
@@ -295,8 +300,8 @@ class DeepseekV3MoE(nn.Module):
         ones = torch.ones_like(indices, dtype=torch.float32)
         if token_mask is not None:
             ones = ones * token_mask.reshape(-1, 1)
-        load = ones.new_zeros(self.gate.num_experts).scatter_add_(0, indices.reshape(-1), ones.reshape(-1))
+        load = ones.new_zeros(logits.shape[-1]).scatter_add_(0, indices.reshape(-1), ones.reshape(-1))
         alpha = self.config.seq_balance_loss_alpha
         if not alpha:
             return logits.new_zeros(()), load
-        return alpha * sequence_balance_loss(logits, self.gate.top_k, token_mask, shape), load
+        return alpha * sequence_balance_loss(logits, indices.shape[1], token_mask, shape), load
