@@ -69,6 +69,9 @@ def effective_weight(linear: nn.Module, like: torch.Tensor) -> torch.Tensor:
     A plain linear lends its own weight, so an update is seen at once, and one in FP8 dequantises it each time.
     Anything else (adapters, other quantised weights, offload hooks) is asked for its products with the unit vectors,
     which no wrapper can make stale.
+
+    Raises:
+        ValueError: PEFT's `adapter_names` gives the rows of a batch different matrices.
     """
     # A subclass that trains in FP8 says so: its weight is the master weight.
     plain = type(linear) is nn.Linear or hasattr(linear, "parametrizations") or hasattr(linear, "lends_weight")
@@ -78,7 +81,16 @@ def effective_weight(linear: nn.Module, like: torch.Tensor) -> torch.Tensor:
         if isinstance(linear, FP8Linear):
             return linear.dequantized(like.dtype)
     unit = torch.eye(linear.in_features, dtype=like.dtype, device=like.device)  # type: ignore[call-overload]
-    return linear(unit).transpose(0, 1)
+    try:
+        # As a batch of one, so that it is never taken for a batch with an adapter a row.
+        return linear(unit[None])[0].transpose(0, 1)
+    except ValueError as error:
+        if "adapter_names" not in str(error):
+            raise
+        raise ValueError(
+            "adapter_names gives each row of the batch a kv_b_proj of its own, and absorbed attention takes one for "
+            'all: set model.config.mla_form = "expanded"'
+        ) from error
 
 
 def eager_attention(

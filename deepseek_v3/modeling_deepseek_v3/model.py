@@ -108,7 +108,7 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel):
     def routers(self) -> dict[int, DeepseekV3TopkRouter]:
         """Router by layer index, MTP modules included."""
         moe = ((index, layer.mlp) for index, layer in enumerate(self.layers))
-        return {index: mlp.gate for index, mlp in moe if isinstance(mlp, DeepseekV3MoE)}
+        return {index: mlp.router for index, mlp in moe if isinstance(mlp, DeepseekV3MoE)}
 
     @merge_with_config_defaults
     @capture_outputs
@@ -215,7 +215,7 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel):
                 if load is not None:
                     total = balance_loss if total is None else total + balance_loss.to(total.device)
                     if self.training:
-                        layer.mlp.gate.count(load)
+                        layer.mlp.router.count(load)
         return hidden_states, total
 
     def mask(

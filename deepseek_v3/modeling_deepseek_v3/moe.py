@@ -17,6 +17,7 @@ from transformers.utils.import_utils import is_torchdynamo_compiling
 
 from ..kernels import experts_step, is_step, route
 from ..quantization import fuse_official_names
+from ..quantization.adapted import Factors, adapters_on, frozen_experts, frozen_product, single_factors
 from .layers import DeepseekV3MLP, is_bare, on_kernels
 
 
@@ -148,8 +149,8 @@ def sequence_balance_loss(
 
 
 @use_experts_implementation
-class DeepseekV3Experts(nn.Module):
-    """E SwiGLU experts as `gate_up_proj` [E, 2F, D] (gate rows first) and `down_proj` [E, D, F]."""
+class _PlainExperts(nn.Module):
+    """`DeepseekV3Experts` as its implementations know it: any of transformers', ours, or the "eager" one here."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -194,6 +195,41 @@ class DeepseekV3Experts(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[call-arg]
 
 
+class DeepseekV3Experts(_PlainExperts):
+    """E SwiGLU experts as `gate_up_proj` [E, 2F, D] (gate rows first) and `down_proj` [E, D, F].
+
+    Where one LoRA adapter is on frozen stacks, its factors multiply beside them, whatever the implementation is.
+    """
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """[n, D] tokens, weighted and summed over the K experts of each: see `_PlainExperts.forward`."""
+        adapted = self._adapted()
+        if not adapted:
+            return super().forward(hidden_states, top_k_index, top_k_weights)  # type: ignore[no-any-return]
+
+        def stack(name: str, rows: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+            weight, factors = adapted[name]
+            return frozen_product(rows, lambda dtype: (weight.to(dtype), offsets), offsets, factors)
+
+        kind, dtype = hidden_states.device.type, hidden_states.dtype
+        if dtype == torch.float32 and torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+        return frozen_experts(self, stack, hidden_states, top_k_index, top_k_weights, dtype)
+
+    def _adapted(self) -> dict[str, tuple[torch.Tensor, Factors | None]]:
+        """Each stack with the factors that PEFT has put on it; empty where some of it cannot be had as factors."""
+        found, changed = {}, getattr(self, "parametrizations", {})
+        for name in ("gate_up_proj", "down_proj") if changed else ():
+            weight: Any = changed[name].original if name in changed else getattr(self, name)
+            factors = single_factors(adapters_on(self, name))
+            if weight.requires_grad or (name in changed and factors is None):
+                return {}
+            found[name] = weight, factors
+        return found
+
+
 class DeepseekV3MoE(nn.Module):
     """Routed experts for the tokens' top-K, plus the shared experts for every token."""
 
@@ -204,6 +240,11 @@ class DeepseekV3MoE(nn.Module):
         self.experts = DeepseekV3Experts(config)
         shared = config.moe_intermediate_size * config.n_shared_experts
         self.shared_experts = DeepseekV3MLP(config, intermediate_size=shared) if shared else None
+
+    @property
+    def router(self) -> DeepseekV3TopkRouter:
+        """The gate, from under the adapters that may wrap it."""
+        return next(module for module in self.gate.modules() if isinstance(module, DeepseekV3TopkRouter))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.forward_with_statistics(hidden_states, None, wanted=False)[0]
@@ -259,8 +300,8 @@ class DeepseekV3MoE(nn.Module):
         ones = torch.ones_like(indices, dtype=torch.float32)
         if token_mask is not None:
             ones = ones * token_mask.reshape(-1, 1)
-        load = ones.new_zeros(self.gate.num_experts).scatter_add_(0, indices.reshape(-1), ones.reshape(-1))
+        load = ones.new_zeros(logits.shape[-1]).scatter_add_(0, indices.reshape(-1), ones.reshape(-1))
         alpha = self.config.seq_balance_loss_alpha
         if not alpha:
             return logits.new_zeros(()), load
-        return alpha * sequence_balance_loss(logits, self.gate.top_k, token_mask, shape), load
+        return alpha * sequence_balance_loss(logits, indices.shape[1], token_mask, shape), load

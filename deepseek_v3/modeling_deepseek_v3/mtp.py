@@ -96,7 +96,7 @@ def run_depth(
         **kwargs,
     )
     if model.training:
-        layer.mlp.gate.count(load)
+        layer.mlp.router.count(load)
     return residual, normed
 
 

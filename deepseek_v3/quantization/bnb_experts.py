@@ -2,7 +2,7 @@
 
 Special about it: the two stacks are widened for their product and dropped, in the backward again, and of the experts
 those alone that a token reaches. What is stored are buffers; the parameters `gate_up_proj` and `down_proj` have a
-stack's shape, dtype and device and no memory, which is what PEFT's `target_parameters`, parameter counts and device
+stack's shape and device and no memory, which is what PEFT's `target_parameters`, parameter counts and device
 maps look at. An adapter's low-rank factors multiply beside the packed stack, each in its own product.
 
 Letters: n tokens, K experts a token, P = n * K pairs, E experts, D hidden, F expert width, N rows, r rank.
@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 
-from ..kernels import combine_pairs, gather_pairs, grouped_gemm, grouped_wgrad, sort_pairs
+from ..kernels import grouped_gemm
+from .adapted import adapters_on, frozen_experts, frozen_product, single_factors
 from .bnb_packing import Packing
 
 STACKS = ("gate_up_proj", "down_proj")
@@ -81,8 +81,8 @@ class BnbExperts(nn.Module):
     """E SwiGLU experts, packed.
 
     Attributes:
-        gate_up_proj, down_proj: the shapes [E, 2F, D] (gate rows first) and [E, D, F] of what is packed. Until the
-            experts are packed, ordinary parameters of these shapes.
+        gate_up_proj, down_proj: the shapes [E, 2F, D] (gate rows first) and [E, D, F] of what is packed, as float32.
+            Until the experts are packed, ordinary parameters of these shapes.
         gate_up_proj_codes and further buffers with the stack's name before them: see `Packing.sizes`, with E in front.
         compute_dtype: what products run in; None for the dtype of the tokens.
     """
@@ -130,8 +130,8 @@ class BnbExperts(nn.Module):
             buffer = torch.empty((self.num_experts, *shape), dtype=dtype, device=device)
             self.register_buffer(f"{name}_{suffix}", buffer)
         shape = torch.Size((self.num_experts, rows, columns))
-        dtype = self.compute_dtype or getattr(self, name).dtype
-        self._parameters[name] = StackShape.of(shape, dtype, device)
+        # PEFT casts an adapter's factors to the dtype of what it adapts.
+        self._parameters[name] = StackShape.of(shape, torch.float32, device)
 
     def put(self, name: str, expert: int, matrix: torch.Tensor) -> None:
         """Pack one expert's matrix [N, K] into its place."""
@@ -170,12 +170,8 @@ class BnbExperts(nn.Module):
         Raises:
             ValueError: something other than LoRA parametrises a packed stack.
         """
-        order, inverse, offsets = sort_pairs(top_k_index, self.num_experts)
-        rows = gather_pairs(hidden_states, order, inverse, offsets)  # [P, D]
-        rows = rows.to(self.compute_dtype or rows.dtype)
-        gate, up = self._stack("gate_up_proj", rows, offsets).chunk(2, dim=-1)
-        output = self._stack("down_proj", self.act_fn(gate) * up, offsets)
-        return combine_pairs(output, inverse, offsets, top_k_weights).to(hidden_states.dtype)
+        dtype = self.compute_dtype or hidden_states.dtype
+        return frozen_experts(self, self._stack, hidden_states, top_k_index, top_k_weights, dtype)
 
     def _stack(self, name: str, rows: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
         """Product of rows sorted by expert with one stack, and with what adapters add to it."""
@@ -187,19 +183,12 @@ class BnbExperts(nn.Module):
             hit = hit if len(hit) else hit.new_zeros(1)
             return self.widened(name, dtype, hit), torch.cat([offsets[hit], offsets[-1:]])
 
-        adapters = self._adapters(name)
-        factors = [_factors(adapter, rows.dtype) for adapter in adapters if hasattr(adapter, "lhs")]
-        if len(factors) == len(adapters) == 1:
-            return _AdaptedProduct.apply(rows, widen, offsets, *factors[0])  # type: ignore[no-any-return]
-        result = _Product.apply(rows, widen)
-        for adapter in adapters:
+        adapters = adapters_on(self, name)
+        factors = single_factors(adapters)
+        result = frozen_product(rows, widen, offsets, factors)
+        for adapter in adapters if factors is None else []:
             result = result + grouped_gemm(rows, _delta(adapter).to(rows.dtype), offsets)
         return result
-
-    def _adapters(self, name: str) -> list[Any]:
-        """What PEFT's `target_parameters` has put on the stack for the time of a forward."""
-        changed: Any = getattr(self, "parametrizations", {})
-        return list(changed[name]) if name in changed else []
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Any:
         shapes = {name: self._parameters.pop(name) for name in STACKS if self.packed(name)}
@@ -232,11 +221,6 @@ class BnbExperts(nn.Module):
         return f"experts={self.num_experts}, {self.hidden_dim}, {self.intermediate_dim}, {self.packing.label}"
 
 
-def _factors(adapter: Any, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """B [E, N, r] and A [E, r, K] of PEFT's parametrisation for a single adapter, and the factor of their product."""
-    return adapter.lhs.to(dtype).contiguous(), adapter.rhs.to(dtype).contiguous(), adapter.scaling
-
-
 def _delta(adapter: Any) -> torch.Tensor:
     """The change [E, N, K] that PEFT's parametrisation for several adapters together holds."""
     delta: torch.Tensor | None = getattr(adapter, "delta_weight", None)
@@ -246,52 +230,3 @@ def _delta(adapter: Any) -> torch.Tensor:
             "Load the model without a quantization_config"
         )
     return delta
-
-
-class _Product(torch.autograd.Function):
-    """Rows sorted by expert times the matrices that `widen(dtype)` gives, which is called again for the gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, widen: Callable) -> torch.Tensor:
-        ctx.widen = widen
-        return grouped_gemm(rows, *widen(rows.dtype))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        return grouped_gemm(grad.contiguous(), *ctx.widen(grad.dtype), transposed=True), None
-
-
-class _AdaptedProduct(torch.autograd.Function):
-    """`_Product` plus a low-rank change: x W^T + s (x A^T) B^T. Nothing of a stack's size is made for the change."""
-
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any,
-        rows: torch.Tensor,
-        widen: Callable,
-        offsets: torch.Tensor,
-        lhs: torch.Tensor,
-        rhs: torch.Tensor,
-        scaling: float,
-    ) -> torch.Tensor:
-        inner = grouped_gemm(rows, rhs, offsets).mul_(scaling)  # [P, r]
-        ctx.save_for_backward(rows, inner, offsets, lhs, rhs)
-        ctx.widen, ctx.scaling = widen, scaling
-        return grouped_gemm(rows, *widen(rows.dtype)).add_(grouped_gemm(inner, lhs, offsets))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        rows, inner, offsets, lhs, rhs = ctx.saved_tensors
-        grad = grad.contiguous()
-        narrow = grouped_gemm(grad, lhs, offsets, transposed=True).mul_(ctx.scaling)  # [P, r]
-        grad_rows = grad_lhs = grad_rhs = None
-        if ctx.needs_input_grad[0]:
-            grad_rows = grouped_gemm(grad, *ctx.widen(grad.dtype), transposed=True)
-            grad_rows.add_(grouped_gemm(narrow, rhs, offsets, transposed=True))
-        if ctx.needs_input_grad[3]:
-            grad_lhs = grouped_wgrad(grad, inner, offsets, dtype=lhs.dtype)
-        if ctx.needs_input_grad[4]:
-            grad_rhs = grouped_wgrad(narrow, rows, offsets, dtype=rhs.dtype)
-        return grad_rows, None, None, grad_lhs, grad_rhs, None

@@ -1,8 +1,7 @@
-"""Trainer runs on tiny models: of one process where a test calls `run`, of several where this file is launched."""
+"""Trainer runs on tiny models: of one process where a test calls `run`, of several where `main` is called in each."""
 
 import json
 import os
-import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -117,7 +116,3 @@ def main(folder, bases, how):
         trainer, results["loaded"] = run(folder / "loaded", load, save_strategy="no")
         trainer.model.save_pretrained(folder / "loaded" / "final")
     (folder / f"rank{os.environ['RANK']}.json").write_text(json.dumps(results))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])

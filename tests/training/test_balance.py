@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-import torch.multiprocessing as mp
+from children import run_ranks
 
 from deepseek_v3 import RouterBalanceCallback
 from deepseek_v3.training import update_router_bias
@@ -35,24 +35,22 @@ def test_a_rate_of_zero_only_counts():
     assert torch.equal(router.e_score_correction_bias, before)
 
 
-def _rank(rank, file, results):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
-    model = make_model()
+def _rank(folder):
+    torch.distributed.init_process_group("gloo")
+    rank, model = torch.distributed.get_rank(), make_model()
     router = routers_of(model)[0]
     router.e_score_correction_bias.zero_()
     if rank == 0:  # rank 1 saw no token
         router.count(torch.tensor([4.0, 0, 0, 0, 0, 0, 0, 0]))
     routers_of(model)[1].count(torch.tensor([3.0, 1, 2, 2, 2, 2, 2, 2]) if rank else torch.tensor([0.0] * 7 + [4]))
     update_router_bias(model, 0.5)
-    results[rank] = [r.e_score_correction_bias.clone() for r in routers_of(model)[:2]]
+    torch.save([r.e_score_correction_bias for r in routers_of(model)[:2]], folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
 def test_load_is_summed_over_ranks(tmp_path):
-    with mp.Manager() as manager:
-        results = manager.dict()
-        mp.spawn(_rank, args=(tmp_path / "store", results), nprocs=2)
-        one, two = results[0], results[1]
+    run_ranks(_rank, tmp_path, folder=tmp_path)
+    one, two = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
     assert one[0].tolist() == [-0.5] + [0.5] * 7
     start = routers_of(make_model())[1].e_score_correction_bias

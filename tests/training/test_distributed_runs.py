@@ -2,13 +2,11 @@
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 
 import distributed_worker as worker
 import pytest
 import torch
+from children import run_ranks
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -34,11 +32,7 @@ def alone(bases, tmp_path_factory):
 def launched(request, bases, tmp_path_factory):
     """How two processes were launched, their folder, and what each knows."""
     folder = tmp_path_factory.mktemp(request.param)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
-    command = [*launcher, "--rdzv-endpoint", "localhost:0", worker.__file__, str(folder), str(bases), request.param]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_ranks(worker.main, folder, bases, request.param, folder=folder)
     return request.param, folder, [json.loads((folder / f"rank{i}.json").read_text()) for i in range(2)]
 
 

@@ -1,8 +1,6 @@
 """Every example runs as its docstring says, with few steps, and leaves what it promises."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,24 +10,27 @@ from transformers import AutoConfig
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-def run(name, folder, *arguments):
-    command = [sys.executable, str(EXAMPLES / name), "--output", str(folder), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
-    assert done.returncode == 0, done.stderr
-    first, last = map(float, re.search(r"^loss ([\d.]+) to ([\d.]+);", done.stdout, re.MULTILINE).groups())
-    assert last < first, done.stdout
-    return done.stdout
+@pytest.fixture
+def run(run_example):
+    """Runs an example, which says that it learnt."""
+
+    def learnt(name, folder, *arguments):
+        said = run_example(name, *arguments, folder=folder)
+        first, last = map(float, re.search(r"^loss ([\d.]+) to ([\d.]+);", said, re.MULTILINE).groups())
+        assert last < first, said
+
+    return learnt
 
 
 @pytest.mark.parametrize("name", ["lora_sft.py", "qlora_experts.py"])
-def test_adapters(name, tmp_path):
+def test_adapters(name, run, tmp_path):
     run(name, tmp_path, "--steps", "12")
     config = PeftConfig.from_pretrained(tmp_path / "adapter")
     assert config.base_model_name_or_path == str(tmp_path / "base")
     assert {"mlp.experts.gate_up_proj", "mlp.experts.down_proj"} <= set(config.target_parameters)
 
 
-def test_pretraining_goes_on_in_fp8_over_fp8_files(tmp_path):
+def test_pretraining_goes_on_in_fp8_over_fp8_files(run, tmp_path):
     run("continue_pretraining_fp8.py", tmp_path, "--steps", "6")
     first = tmp_path / "fp8"
     assert AutoConfig.from_pretrained(first).quantization_config["quant_method"].endswith("fp8")
@@ -41,7 +42,7 @@ def test_pretraining_goes_on_in_fp8_over_fp8_files(tmp_path):
 
 
 @pytest.mark.parametrize("arguments", [["sequence"], ["token", "--lora"], ["reward"]], ids=lambda value: value[0])
-def test_heads(arguments, tmp_path):
+def test_heads(arguments, run, tmp_path):
     run("classification.py", tmp_path, "--steps", "12", "--task", *arguments)
     left = {path.name for path in (tmp_path / arguments[0]).iterdir()}
     assert ("adapter_config.json" if "--lora" in arguments else "model.safetensors") in left

@@ -29,7 +29,7 @@ TASKS = {
 def folders(tmp_path_factory):
     """A causal model with MTP, in float32 and in FP8."""
     root = tmp_path_factory.mktemp("bases")
-    model = spread_weights(DeepseekV3ForCausalLM(preset("tiny", vocab_size=64)))
+    model = spread_weights(DeepseekV3ForCausalLM(preset("tiny", vocab_size=64, num_hidden_layers=2)))
     model.save_pretrained(root / "plain")
     model.save_pretrained(root / "fp8", quantize="fp8")
     return root
@@ -112,11 +112,10 @@ def right(model, task):
     return float((logits.argmax(-1) == labels)[counted].float().mean())
 
 
-@pytest.mark.parametrize("side", ["right", "left"])
-@pytest.mark.parametrize("task", list(TASKS))
+@pytest.mark.parametrize(("task", "side"), [(task, "right") for task in TASKS] + [("token", "left")])
 def test_the_whole_model_learns_and_comes_back(task, side, folders, tmp_path):
     model = load(folders / "plain", task)
-    assert model.config.num_nextn_predict_layers == 0 and len(model.model.layers) == 3
+    assert model.config.num_nextn_predict_layers == 0 and len(model.model.layers) == 2
     assert right(model, task) < 0.75
     train(model, task, tmp_path / "run", side)
     assert right(model, task) > 0.9

@@ -4,12 +4,11 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
+from children import start
 
 from deepseek_v3.cli import main
 from deepseek_v3.training.checkpoints import newest_checkpoint
@@ -24,19 +23,20 @@ RUNS = {
     "fp8, streamed": ["--data", "{rows}", "--stream", "--shuffle-buffer", "5", "--precision", "fp8", "--optimizer"]
     + ["adamw-bf16", "--fp8-statistics", "5", "--schedule", "report"],
 }
-# The command in a process that dies with half of a checkpoint's optimizer state on the disk.
-DYING = """
-import os, signal, sys, torch
-from deepseek_v3.cli import main
-save = torch.save
-def dying(value, file, *rest, **named):
-    save(value, file, *rest, **named)
-    if str(file).endswith(sys.argv[1]):
-        os.truncate(file, os.path.getsize(file) // 2)
-        os.kill(os.getpid(), signal.SIGKILL)
-torch.save = dying
-main(sys.argv[2:])
-"""
+
+
+def dying(path, line):
+    """The command in a process that dies with half of the file at `path` on the disk."""
+    save = torch.save
+
+    def half(value, file, *rest, **named):
+        save(value, file, *rest, **named)
+        if str(file).endswith(path):
+            os.truncate(file, os.path.getsize(file) // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    torch.save = half
+    main(line)
 
 
 @pytest.fixture(scope="module")
@@ -77,24 +77,18 @@ def assert_same(folder, whole):
     assert (folder / "tokenizer.json").read_bytes() == (whole / "tokenizer.json").read_bytes()
 
 
-def start(arguments):
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    return subprocess.Popen(
-        [sys.executable, *arguments], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-
-
 @pytest.mark.parametrize("whole", ["fp32", "fp8, streamed"], indirect=True)
 def test_a_run_that_is_killed_goes_on_exactly(whole, data, tmp_path):
     """Killed as soon as a checkpoint's folder is seen, in whatever state that and the run are."""
     name, folder = whole
     line = command(name, data, tmp_path)
-    child = start(["-m", "deepseek_v3.cli", *line])
+    child = start(main, line)
     end = time.monotonic() + 120
-    while not (tmp_path / "checkpoint-4").is_dir() and child.poll() is None and time.monotonic() < end:
+    while not (tmp_path / "checkpoint-4").is_dir() and child.is_alive() and time.monotonic() < end:
         time.sleep(0.002)
     child.kill()
-    assert child.wait() == -signal.SIGKILL
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
     assert not (tmp_path / "training_log.json").exists()
     assert main([*line, "--resume"]) == 0
     assert_same(tmp_path, folder)
@@ -107,7 +101,9 @@ def test_a_run_that_is_killed_goes_on_exactly(whole, data, tmp_path):
 def test_a_half_written_checkpoint_is_passed_over(whole, data, tmp_path, capsys):
     name, folder = whole
     line = command(name, data, tmp_path)
-    assert start(["-c", DYING, "checkpoint-6/optimizer.pt", *line]).wait(timeout=120) == -signal.SIGKILL
+    child = start(dying, "checkpoint-6/optimizer.pt", line)
+    child.join(120)
+    assert child.exitcode == -signal.SIGKILL
     assert (tmp_path / "checkpoint-6" / "optimizer.pt").is_file()
     capsys.readouterr()
     assert main([*line, "--resume"]) == 0

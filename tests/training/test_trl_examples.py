@@ -1,8 +1,6 @@
 """TRL's trainers on this model: each example runs as its docstring says and learns; what their losses are made of."""
 
 import re
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,26 +12,13 @@ from transformers import AutoModelForCausalLM
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-@pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
-    """Runs an example as a script, in this process; gives what it said."""
-
-    def script(name, *arguments):
-        monkeypatch.syspath_prepend(str(EXAMPLES))
-        monkeypatch.setattr(sys, "argv", [name, "--output", str(tmp_path), *arguments])
-        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
-        return capsys.readouterr().out
-
-    return script
-
-
 def from_to(what, text):
     return tuple(map(float, re.search(rf"^{what} (-?[\d.]+) to (-?[\d.]+)", text, re.MULTILINE).groups()))
 
 
 @pytest.mark.parametrize("fp8", [False, True], ids=["lora", "fp8"])
-def test_supervised_with_the_loss_of_the_mtp_modules(fp8, run, tmp_path):
-    said = run("trl_sft.py", "--steps", "12", *(["--fp8"] if fp8 else []))
+def test_supervised_with_the_loss_of_the_mtp_modules(fp8, run_example, tmp_path):
+    said = run_example("trl_sft.py", "--steps", "12", *(["--fp8"] if fp8 else []))
     for what in ("loss", "mtp loss"):
         first, last = from_to(what, said)
         assert last < first - 0.5, what
@@ -50,15 +35,15 @@ def test_supervised_with_the_loss_of_the_mtp_modules(fp8, run, tmp_path):
         assert all((state[name] - weight).abs().max() > 0 for name, weight in before.items())
 
 
-def test_preferences(run, tmp_path):
-    said = run("trl_dpo.py", "--steps", "12")
+def test_preferences(run_example, tmp_path):
+    said = run_example("trl_dpo.py", "--steps", "12")
     assert from_to("loss", said)[1] < 0.6 < from_to("loss", said)[0] < 0.75
     assert from_to("margin", said)[1] > 0.2
     assert (tmp_path / "adapter" / "adapter_config.json").is_file()
 
 
-def test_rewards_of_what_the_model_generates(run, tmp_path):
-    said = run("trl_grpo.py", "--steps", "18", "--length", "4")
+def test_rewards_of_what_the_model_generates(run_example, tmp_path):
+    said = run_example("trl_grpo.py", "--steps", "18", "--length", "4")
     first, last = from_to("reward", said)
     assert last > first + 0.05
     assert (tmp_path / "adapter" / "adapter_config.json").is_file()

@@ -1,0 +1,161 @@
+"""Products with frozen stacks of experts that LoRA adapts: the low-rank factors multiply beside the stack.
+
+Special about it: PEFT's `target_parameters` parametrises a stack with W + s B A for the time of a forward. Whoever
+reads that parameter makes a second stack, and keeps it for the gradient; here the factors are taken from the
+parametrisation instead. (PEFT has the sum made once itself, to look at its shape, and drops it.) The factors and what
+they give stay in float32 until the sum is rounded once, because low-rank products in BF16 lose as much as all else
+that is rounded here.
+
+Letters: n tokens, P rows sorted by expert, E experts, D hidden, F expert width, N and K rows and columns of one
+expert's matrix, r rank.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from ..kernels import combine_pairs, gather_pairs, grouped_gemm, grouped_wgrad, sort_pairs
+
+# The matrices [e, N, K] in a dtype, of all experts or of some, and the offsets [e + 1] of their rows.
+Widen = Callable[[torch.dtype], tuple[torch.Tensor, torch.Tensor]]
+
+
+class Factors(NamedTuple):
+    """The change `scaling * left @ right` to a stack: left [E, N, r], right [E, r, K]."""
+
+    left: torch.Tensor
+    right: torch.Tensor
+    scaling: float
+
+
+def adapters_on(module: nn.Module, name: str) -> list[Any]:
+    """What PEFT's `target_parameters` has put on the parameter `name` for the time of a forward."""
+    changed: Any = getattr(module, "parametrizations", {})
+    return list(changed[name]) if name in changed else []
+
+
+def single_factors(adapters: list[Any]) -> Factors | None:
+    """The factors of the one LoRA adapter among `adapters`; None for none, for several, or for anything else."""
+    if len(adapters) != 1 or not hasattr(adapters[0], "lhs"):
+        return None
+    return Factors(adapters[0].lhs, adapters[0].rhs, adapters[0].scaling)
+
+
+def frozen_product(rows: torch.Tensor, widen: Widen, offsets: torch.Tensor, factors: Factors | None) -> torch.Tensor:
+    """Rows [P, K] sorted by expert times a stack that does not learn, and its change by `factors`: [P, N].
+
+    Args:
+        rows: [P, K], in the dtype of the product and of the result.
+        widen: called here, and again for the gradient.
+        offsets: int32 [E + 1], where each expert's rows start.
+        factors: of the change, in any dtype; gradients have theirs.
+    """
+    if factors is None:
+        return _Product.apply(rows, widen)  # type: ignore[no-any-return]
+    return _AdaptedProduct.apply(rows, widen, offsets, *factors)  # type: ignore[no-any-return]
+
+
+def frozen_experts(
+    experts: Any,
+    stack: Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor],
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Weighted sum of each token's experts.
+
+    Args:
+        experts: E of them; has `num_experts` and `act_fn`.
+        stack: product of rows sorted by expert with the stack of a name, given their offsets.
+        hidden_states: [n, D]; top_k_index: [n, experts a token]; top_k_weights: of its shape.
+        dtype: of the products.
+
+    Returns:
+        [n, D] of the dtype of `hidden_states`.
+    """
+    order, inverse, offsets = sort_pairs(top_k_index, experts.num_experts)
+    rows = gather_pairs(hidden_states, order, inverse, offsets).to(dtype)  # [P, D]
+    rows = _Gated.apply(stack("gate_up_proj", rows, offsets), experts.act_fn)  # [P, F]
+    output = stack("down_proj", rows, offsets)
+    return combine_pairs(output, inverse, offsets, top_k_weights).to(hidden_states.dtype)
+
+
+class _Gated(torch.autograd.Function):
+    """act(gate) * up of both side by side [P, 2F] to [P, F], in float32 up to the result; computed anew for the
+    gradient, so that nothing in float32 is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, both: torch.Tensor, act_fn: Callable) -> torch.Tensor:
+        ctx.save_for_backward(both)
+        ctx.act_fn = act_fn
+        gate, up = _wide(both).chunk(2, dim=-1)
+        return (act_fn(gate) * up).to(both.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        (both,) = ctx.saved_tensors
+        with torch.enable_grad():
+            leaf = _wide(both).detach().requires_grad_()
+            gate, up = leaf.chunk(2, dim=-1)
+            (result,) = torch.autograd.grad(ctx.act_fn(gate) * up, leaf, _wide(grad))
+        return result.to(both.dtype), None
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, widen: Widen) -> torch.Tensor:
+        ctx.widen = widen
+        return grouped_gemm(rows, *widen(rows.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        return grouped_gemm(grad.contiguous(), *ctx.widen(grad.dtype), transposed=True), None
+
+
+class _AdaptedProduct(torch.autograd.Function):
+    """x W^T + s (x A^T) B^T."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        rows: torch.Tensor,
+        widen: Widen,
+        offsets: torch.Tensor,
+        left: torch.Tensor,
+        right: torch.Tensor,
+        scaling: float,
+    ) -> torch.Tensor:
+        with torch.autocast(rows.device.type, enabled=False):
+            inner = grouped_gemm(_wide(rows), _wide(right), offsets).mul_(scaling)  # [P, r]
+            ctx.save_for_backward(rows, inner, offsets, left, right)
+            ctx.widen, ctx.scaling = widen, scaling
+            return grouped_gemm(rows, *widen(rows.dtype)).add_(grouped_gemm(inner, _wide(left), offsets))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        rows, inner, offsets, left, right = ctx.saved_tensors
+        grad_rows = grad_left = grad_right = None
+        with torch.autocast(rows.device.type, enabled=False):
+            grad = grad.contiguous()
+            wide = _wide(grad)
+            narrow = grouped_gemm(wide, _wide(left), offsets, transposed=True).mul_(ctx.scaling)  # [P, r]
+            if ctx.needs_input_grad[0]:
+                grad_rows = grouped_gemm(grad, *ctx.widen(grad.dtype), transposed=True)
+                grad_rows.add_(grouped_gemm(narrow, _wide(right), offsets, transposed=True))
+            if ctx.needs_input_grad[3]:
+                grad_left = grouped_wgrad(wide, inner, offsets, dtype=left.dtype)
+            if ctx.needs_input_grad[4]:
+                grad_right = grouped_wgrad(narrow, _wide(rows), offsets, dtype=right.dtype)
+        return grad_rows, None, None, grad_left, grad_right, None
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    """In float32 at least, dense."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32)).contiguous()
