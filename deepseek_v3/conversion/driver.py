@@ -14,9 +14,9 @@ from .plan import Options, Plan, make_plan
 from .plan import Target as Layout
 from .reader import CONFIG_NAME, INDEX_NAME, Checkpoint, open_checkpoint, safe_path
 from .steps import Job
-from .target import Target, check_apart, fingerprint, open_target
+from .target import Target, check_apart, fingerprint, open_target, storage_error
 from .verification import Comparison, compare
-from .writer import FULL_DISK, atomic_file, copy_file, remove_partials, write_all, write_job, write_json
+from .writer import atomic_file, copy_file, remove_partials, write_all, write_job, write_json
 
 _COMPANIONS = (
     "tokenizer*",
@@ -208,16 +208,10 @@ def _write(
         raise
     except OSError as error:
         remove_partials(held.folder)
-        raise _storage_error(error, held.folder) from error
+        raise storage_error(error, held.folder) from error
     except BaseException:
         remove_partials(held.folder)
         raise
-
-
-def _storage_error(error: OSError, folder: Path) -> CheckpointError:
-    reason = "the disk is full" if error.errno in FULL_DISK else (error.strerror or str(error))
-    remedy = "the source is untouched; once that is mended the same command with --resume continues"
-    return CheckpointError(f"writing failed: {reason}", file=folder, remedy=remedy)
 
 
 def _write_one(job: Job, folder: Path, device: str) -> int:

@@ -21,7 +21,7 @@ from .header import read_json
 from .plan import Options, Plan
 from .reader import CONFIG_NAME, INDEX_NAME, Checkpoint
 from .steps import Job
-from .writer import is_partial, remove_partials, write_json
+from .writer import FULL_DISK, is_partial, remove_partials, write_json
 
 JOURNAL_NAME, DONE_NAME = ".conversion.json", ".converted.json"
 _MAX_JOURNAL_BYTES = 1 << 20
@@ -37,6 +37,13 @@ def check_apart(source: Path, target: Path, role: str = "the source") -> None:
     same = a == b or a in b.parents or b in a.parents
     if same or (target.exists() and source.exists() and os.path.samefile(source, target)):
         raise CheckpointError(f"is {role}, lies in it or holds it", file=target, remedy="choose another folder")
+
+
+def storage_error(error: OSError, folder: Path) -> CheckpointError:
+    """What a write that failed means to the user."""
+    reason = "the disk is full" if error.errno in FULL_DISK else (error.strerror or str(error))
+    remedy = "the source is untouched; once that is mended the same command with --resume continues"
+    return CheckpointError(f"writing failed: {reason}", file=folder, remedy=remedy)
 
 
 def fingerprint(options: Options, plan: Plan, sources: list[Checkpoint]) -> str:
@@ -160,7 +167,11 @@ def open_target(folder: Path, plan: Plan, digest: str, *, resume: bool, overwrit
             what = "the result of another conversion" if done else "no interrupted conversion to resume"
             problem = "is not empty" + (f" and holds {what}" if resume else "")
             raise CheckpointError(problem, file=folder, remedy="choose an empty folder, or give --overwrite")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        problem = f"cannot be made ({error.strerror})"
+        raise CheckpointError(problem, file=folder, remedy="choose another destination") from error
     with locked(folder):
         remove_partials(folder)
         old = _old_checkpoint(folder) if overwrite else []
@@ -174,5 +185,10 @@ def open_target(folder: Path, plan: Plan, digest: str, *, resume: bool, overwrit
         for path in old:
             path.unlink()
         created = bool(journal.get("created")) if journal and not overwrite else created
-        write_json(folder / JOURNAL_NAME, {"fingerprint": digest, "created": created})
+        try:
+            write_json(folder / JOURNAL_NAME, {"fingerprint": digest, "created": created})
+        except OSError as error:
+            if created and not any(folder.iterdir()):
+                folder.rmdir()
+            raise storage_error(error, folder) from error
         yield Target(folder, plan, digest, created)

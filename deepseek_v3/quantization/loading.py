@@ -8,7 +8,6 @@ Letters: E routed experts, F expert width, D hidden.
 """
 
 import json
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -22,19 +21,19 @@ from .bnb_experts import BnbExperts
 from .bnb_quantizer import PacksExperts, pack
 from .config import FP8Config, request
 from .fitting import check_fit
+from .offload import READERS, OffloadedStacks
 from .quantizer import DeepseekFP8Quantizer
-from .stored import SCALE_SUFFIX, CheckpointTensors, Deferred, DequantizedTensor, StoredTensor
+from .stored import DTYPE_NAMES, SCALE_SUFFIX, CheckpointTensors, Deferred, DequantizedTensor, StoredTensor
 
 _EXPERTS = "mlp.experts."
-_READERS = min(4, os.cpu_count() or 1)
-_TORCH_DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+_TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 class FuseExperts(ConversionOps):
     """Per-expert tensors into one [E, rows, columns] parameter, the parts (gate, up) one below the other."""
 
-    def __init__(self, errors: list[ValueError]) -> None:
-        self.errors = errors
+    def __init__(self, errors: list[ValueError], offloaded: OffloadedStacks) -> None:
+        self.errors, self.offloaded = errors, offloaded
 
     def __deepcopy__(self, memo: Any) -> "FuseExperts":
         # transformers copies a converter for each layer; what goes wrong is collected in one list.
@@ -47,15 +46,21 @@ class FuseExperts(ConversionOps):
         target_patterns: list[str],
         full_layer_name: str,
         model: Any,
+        missing_keys: Any = None,
         **kwargs: Any,
     ) -> dict[str, torch.Tensor]:
         try:
             parts = [input_dict.pop(pattern, []) for pattern in source_patterns]
-            fused = _fuse(parts, model.get_parameter_or_buffer(full_layer_name))
+            like = model.get_parameter_or_buffer(full_layer_name)
+            if self.offloaded.takes(full_layer_name):
+                rows = Rows(parts, _part_shape(parts, like))
+                self.offloaded.write(full_layer_name, like.shape, _dtype(parts), rows.__getitem__)
+                missing_keys.discard(full_layer_name)
+                return {}
+            return {target_patterns[0]: _fuse(parts, like)}
         except ValueError as error:
             self.errors.append(error)
             raise
-        return {target_patterns[0]: fused}
 
 
 class PackExperts(FuseExperts):
@@ -74,6 +79,7 @@ class PackExperts(FuseExperts):
         owner, _, name = full_layer_name.rpartition(".")
         experts = model.get_submodule(owner)
         if not isinstance(experts, BnbExperts):
+            kwargs["missing_keys"] = missing_keys
             return super().convert(input_dict, source_patterns, target_patterns, full_layer_name, model, **kwargs)
         try:
             parts = [input_dict.pop(pattern, []) for pattern in source_patterns]
@@ -100,17 +106,23 @@ def _part_shape(parts: list[list[Deferred]], like: torch.Tensor) -> list[int]:
     return [like.shape[1] // len(parts), like.shape[2]]
 
 
+def _dtype(parts: list[list[Deferred]]) -> torch.dtype:
+    """What the stack is made of: scales stay float32 whatever the model is cast to."""
+    first = parts[0][0]
+    if first.stored.name.endswith(SCALE_SUFFIX):
+        return torch.float32
+    return first.dtype or _TORCH_DTYPES[first.get_dtype()]
+
+
 def _fuse(parts: list[list[Deferred]], like: torch.Tensor) -> torch.Tensor:
     rows, _ = _part_shape(parts, like)
-    first = parts[0][0]
-    dtype = torch.float32 if first.stored.name.endswith(SCALE_SUFFIX) else first.dtype
     with torch.inference_mode(False):  # which threads would not be in, and could not write to what it makes
-        fused = torch.empty(like.shape, dtype=dtype or _TORCH_DTYPES[first.get_dtype()], device=first.device)
+        fused = torch.empty(like.shape, dtype=_dtype(parts), device=parts[0][0].device)
 
     def place(part: int, expert: int) -> None:
         fused[expert, part * rows : (part + 1) * rows].copy_(parts[part][expert].read())
 
-    with ThreadPoolExecutor(_READERS) as pool:
+    with ThreadPoolExecutor(READERS) as pool:
         jobs = [pool.submit(place, part, expert) for part in range(len(parts)) for expert in range(like.shape[0])]
         for job in jobs:
             job.result()
@@ -180,13 +192,19 @@ def load_streamed(
         )
     check_fit(model, checkpoint, resize=load_config.ignore_mismatched_sizes)
     errors: list[ValueError] = []
-    fuse = PackExperts(errors) if packs else FuseExperts(errors)
+    offloaded = OffloadedStacks(load_config.device_map, load_config.disk_offload_folder)
+    fuse = (PackExperts if packs else FuseExperts)(errors, offloaded)
     tensors, load_config = _streamed(checkpoint, codes, load_config, fuse)
     try:
         # Where a tensor is not what the file holds, an offloaded one must not be read from that file.
-        result = loader(model, tensors, None if codes else files, load_config, expected_keys)
+        info, index = loader(model, tensors, None if codes else files, load_config, expected_keys)
+    except Exception as error:
+        # The loader goes on after a converter's error and may stumble over what comes of it.
+        if errors:
+            raise errors[0] from error
+        raise
     finally:
         checkpoint.close()
     if errors:
         raise errors[0]
-    return result
+    return info, {**index, **offloaded.index} if offloaded.index else index

@@ -30,13 +30,12 @@ from ..conversion.writer import atomic_file, write_all, write_json
 from ..kernels import dequantize_weight, quantize_weight
 from .config import FP8Config
 from .merging import RoundingReport
-from .stored import FP8, FP8_NAME, SCALE_SUFFIX, CheckpointTensors, read_scale
+from .stored import DTYPE_NAMES, FP8, FP8_NAME, SCALE_SUFFIX, CheckpointTensors, read_scale
 
 logger = logging.get_logger(__name__)
 
 _FUSED = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)(_scale_inv)?")
 _SHARD = re.compile(r"model(-\d{5}-of-\d{5,6})?\.safetensors")
-_SAFETENSORS = {FP8: FP8_NAME, torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 
 
 def are_powers_of_two(scale: torch.Tensor) -> bool:
@@ -137,7 +136,7 @@ def _check(model: Any, weights: Weights, quantize: str | None, scale_fmt: str | 
                 f"{name} is spread over processes, and quantize='fp8' writes from one: give it a gathered "
                 "state_dict=accelerator.get_state_dict(model), or save in BF16 and convert"
             )
-        if tensor.dtype not in _SAFETENSORS:
+        if tensor.dtype not in DTYPE_NAMES:
             raise ValueError(f"{name} is {tensor.dtype}, which the FP8 layout does not hold; call model.dequantize()")
 
 
@@ -233,7 +232,7 @@ def _kind(kinds: dict[str, str], name: str, part: torch.Tensor) -> tuple[str, st
     kind = kinds.get(known, "")
     if part.dtype == FP8 or kind == "scale":
         return known, "kept"
-    return known, {"fp8": "fp8", "bf16": "BF16", "f32": "F32"}.get(kind) or _SAFETENSORS[part.dtype]
+    return known, {"fp8": "fp8", "bf16": "BF16", "f32": "F32"}.get(kind) or DTYPE_NAMES[part.dtype]
 
 
 def _items(weights: Weights, kinds: dict[str, str]) -> Iterator[Item]:
@@ -244,14 +243,14 @@ def _items(weights: Weights, kinds: dict[str, str]) -> Iterator[Item]:
                 scale = Entry(official + SCALE_SUFFIX, "F32", scale_shape(*shape))
                 yield Item((Entry(official, FP8_NAME, shape), scale), ())
             else:
-                yield Item((Entry(official, _SAFETENSORS[part.dtype] if kind == "kept" else kind, shape),), ())
+                yield Item((Entry(official, DTYPE_NAMES[part.dtype] if kind == "kept" else kind, shape),), ())
 
 
 def _official(
     weights: Weights, kinds: dict[str, str], scale_fmt: str | None, untouched: "_Original | None"
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Official names and tensors on the CPU, each made when it is asked for."""
-    dtypes = {name: dtype for dtype, name in _SAFETENSORS.items()}
+    dtypes = {name: dtype for dtype, name in DTYPE_NAMES.items()}
     for name, source in weights.names():
         for official, part in _split(name, weights.read(source)):
             known, kind = _kind(kinds, official, part)

@@ -19,6 +19,8 @@ from ..kernels import dequantize_weight
 
 SCALE_SUFFIX = "_scale_inv"
 FP8, FP8_NAME = torch.float8_e4m3fn, "F8_E4M3"
+# What weights may be in memory, as safetensors spells it.
+DTYPE_NAMES = {FP8: FP8_NAME, torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 _SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0")
 _AGAIN = "download the file again, or convert the checkpoint anew"
 _REMEDY = f"{_AGAIN[0].upper()}{_AGAIN[1:]}"

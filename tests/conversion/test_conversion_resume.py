@@ -15,7 +15,7 @@ from pathlib import Path
 
 import killed_conversions
 import pytest
-from checkpoint_files import CONFIG, snapshot
+from checkpoint_files import CONFIG, command, snapshot
 
 from deepseek_v3.conversion import CheckpointError, convert, execution, target, write_checkpoint, writer
 from deepseek_v3.conversion.writer import Stopped
@@ -96,26 +96,61 @@ def test_workers_leave_with_their_parent(tmp_path):
     assert snapshot(tmp_path) == later
 
 
-def test_a_killed_command_with_workers_is_finished_by_the_next(tmp_path):
-    write_checkpoint(CONFIG, tmp_path / "fp8", shards=24)
-    convert(tmp_path / "fp8", tmp_path / "whole", "bf16", workers=0)
-    out, script = tmp_path / "out", tmp_path / "script.py"
-    script.write_text(
-        "import sys, time\n"
-        "from deepseek_v3.conversion import convert, driver\n"
-        "if __name__ == '__main__':\n"
-        "    convert(sys.argv[1], sys.argv[2], 'bf16', workers=2, progress=lambda *a: time.sleep(0.02))\n"
+def running(group):
+    """Processes of a process group that are alive."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, number = status.read_text().rpartition(")")[2].split()[:3]
+        except OSError:
+            continue
+        found += [status.parent.name] if int(number) == group and state != "Z" else []
+    return found
+
+
+def all_gone(group):
+    """Whether every process of a group ends within twenty seconds."""
+    deadline = time.monotonic() + 20
+    while running(group) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return not running(group)
+
+
+def begin(out, *words):
+    """The command in a process group of its own, once it has written its journal."""
+    script = Path(sys.executable).with_name("deepseek-v3")
+    process = subprocess.Popen(
+        [script, *map(str, words), "--quiet"], start_new_session=True, stdout=subprocess.DEVNULL
     )
-    process = subprocess.Popen([sys.executable, script, tmp_path / "fp8", out])
-    while not list(out.glob("*.safetensors")):
-        assert process.poll() is None
-        time.sleep(0.005)
-    process.kill()
-    process.wait()
-    done = len(list(out.glob("*.safetensors")))
-    assert JOURNAL in os.listdir(out)
-    report = convert(tmp_path / "fp8", out, "bf16", workers=0)
-    assert done <= report.resumed < 24 and snapshot(out) == snapshot(tmp_path / "whole")
+    while not (out / JOURNAL).exists() and process.poll() is None:
+        time.sleep(0.001)
+    return process
+
+
+@pytest.mark.parametrize(("source", "kills"), [("fp8", 2), ("bf16", 5)])
+def test_a_command_killed_at_random_moments_is_finished_by_the_next(tmp_path, source, kills):
+    """SIGKILL to the whole group or to the parent alone, at any moment of what an uninterrupted run takes."""
+    config = {**CONFIG, "n_routed_experts": 32}
+    write_checkpoint(config, tmp_path / source, shards=16, quantized=source == "fp8")
+    before, options = sealed(tmp_path / source), ("--to", "bf16", "--workers", 2, "--shard-size", "1MB")
+    process = begin(tmp_path / "whole", "convert", tmp_path / source, tmp_path / "whole", *options)
+    started = time.monotonic()
+    assert process.wait(60) == 0
+    whole, duration = snapshot(tmp_path / "whole"), time.monotonic() - started
+    chance, out, unfinished = random.Random(kills), tmp_path / "out", 0
+    for kill in range(kills):
+        # A run that gets to its end leaves nothing to resume; the next trial begins anew.
+        if out.exists() and not (out / JOURNAL).exists():
+            shutil.rmtree(out)
+        process = begin(out, "convert", tmp_path / source, out, *options)
+        time.sleep(chance.uniform(0, 0.8 * duration))
+        os.kill(process.pid, signal.SIGKILL) if kill % 2 else os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        assert all_gone(process.pid)
+        unfinished += (out / JOURNAL).exists()
+    process = begin(out, "convert", tmp_path / source, out, *options, "--resume")
+    assert process.wait(60) == 0 and unfinished and all_gone(process.pid)
+    assert snapshot(out) == whole and sealed(tmp_path / source) == before
 
 
 def test_resume_of_what_is_finished_and_of_what_is_not_ours(made, copy, tmp_path):
@@ -243,6 +278,37 @@ def test_write_errors_of_every_kind(made, tmp_path, monkeypatch, code):
     with pytest.raises(CheckpointError, match="disk is full|Input/output error"):
         convert(made / "fp8", tmp_path / "out", "bf16", workers=0)
     assert not any(name.endswith(".partial") for name in os.listdir(tmp_path / "out"))
+
+
+def test_a_disk_that_is_full_before_the_first_note_is_written(made, tmp_path, monkeypatch, capsys):
+    """One line and exit code 2, and no empty folder that the next run would have to be told about."""
+    before, real = sealed(made / "fp8"), os.pwrite
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", full)
+    assert command("convert", made / "fp8", tmp_path / "out", "--to", "bf16", "--workers", 0) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and "the source is untouched" in line
+    assert f"{tmp_path / 'out'}: writing failed: the disk is full" in line
+    assert not (tmp_path / "out").exists() and sealed(made / "fp8") == before
+    # What was there before is still there.
+    (tmp_path / "out").mkdir()
+    assert command("convert", made / "fp8", tmp_path / "out", "--to", "bf16", "--workers", 0) == 2
+    assert os.listdir(tmp_path / "out") == []
+    monkeypatch.setattr(os, "pwrite", real)
+    assert (
+        command("convert", made / "fp8", tmp_path / "out", "--to", "bf16", "--workers", 0, "--quiet", "--resume") == 0
+    )
+    assert snapshot(tmp_path / "out") == snapshot(made / "bf16")
+
+
+def test_a_destination_that_cannot_be_made(made, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    assert command("convert", made / "fp8", tmp_path / "file" / "out", "--to", "bf16", "--workers", 0) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and "choose another destination" in line, line
 
 
 def test_bad_values_found_late_leave_nothing_behind(copy, tmp_path):

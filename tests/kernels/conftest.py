@@ -86,6 +86,9 @@ def pytest_collection_modifyitems(config, items):
 def poisoned_memory(monkeypatch):
     """torch.empty hands out NaN: an element that nobody writes cannot pass for a right one."""
     real = torch.empty
+    # torch looks up once a process which functions `torch.device` as a context reaches; it must not meet this one.
+    with torch.device("meta"):
+        assert real(1).is_meta
 
     def poisoned(*args, **kwargs):
         tensor = real(*args, **kwargs)

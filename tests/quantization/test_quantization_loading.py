@@ -1,6 +1,8 @@
 """Loading official FP8 checkpoints: values against float64, what is kept, what is refused, where it is put."""
 
+import errno
 import json
+import os
 import shutil
 
 import numpy
@@ -209,6 +211,18 @@ def test_offloading_computes_and_saves_the_same(keep, device_map, fp8_folder, pl
         assert {n: raw(t) for n, t in saved.items()} == {n: raw(t) for n, t in source.items()}
     else:
         assert stored(tmp_path / "saved").keys() == {s.name for s in official_tensors(plain.config)}
+
+
+def test_a_disk_that_fills_up_while_weights_are_offloaded_is_one_clear_error(fp8_folder, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", full)
+    places = {"model": "disk", "lm_head": "cpu"}
+    with pytest.raises(ValueError, match=r"experts\.down_proj: offloading failed: the disk is full") as error:
+        load(fp8_folder, device_map=places, offload_folder=tmp_path / "offload")
+    assert "offload_folder on another disk" in str(error.value) and "\n" not in str(error.value)
+    assert not list((tmp_path / "offload").glob("*.mlp.experts.*"))
 
 
 def broken(fp8_folder, tmp_path, change):

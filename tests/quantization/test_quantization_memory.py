@@ -1,4 +1,4 @@
-"""Loading and saving hold the model and little beside it: measured in processes of their own on 200 MB of files."""
+"""Loading and saving hold the model and little beside it, on the disk or packed too: measured in one fresh process."""
 
 import json
 import os
@@ -7,50 +7,64 @@ import sys
 from pathlib import Path
 
 import pytest
+from measured import CASES, SAVED_SHARD
 
 from deepseek_v3.configuration import preset
-from deepseek_v3.conversion import write_checkpoint
+from deepseek_v3.conversion import convert, write_checkpoint
 
 HERE = Path(__file__).parent
-SHARDS = 6
+# Of the bytes of the files, what the model itself takes in memory or on the disk.
+SHARES = {"kept": (0.95, 1), "dequantised": (1.9, 2), "bf16": (0.98, 1)}
+PACKED = {"nf4 of bf16": 0.3, "nf4 of fp8": 0.6, "int8 of bf16": 0.54}
+pytestmark = pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="needs Linux's peak of resident memory"
+)
 
 
 @pytest.fixture(scope="module")
-def large_folder(tmp_path_factory):
-    config = preset(
-        "tiny",
-        hidden_size=1024,
-        moe_intermediate_size=512,
-        n_routed_experts=32,
-        num_nextn_predict_layers=1,
-        num_hidden_layers=4,
-        intermediate_size=2048,
+def root(tmp_path_factory):
+    """A model of which nine tenths are routed experts; a stack of them is larger than two shards, as at true size."""
+    root = tmp_path_factory.mktemp("measured")
+    sizes = {"hidden_size": 1024, "moe_intermediate_size": 512, "n_routed_experts": 40, "num_hidden_layers": 2}
+    write_checkpoint(
+        preset("tiny", **sizes, num_nextn_predict_layers=1, intermediate_size=1024), root / "fp8", shards=4
     )
-    return write_checkpoint(config, tmp_path_factory.mktemp("large") / "model", shards=SHARDS)
+    convert(root / "fp8", root / "bf16", "bf16", shard_bytes=34_000_000, workers=0)
+    write_checkpoint(preset("tiny"), root / "small", shards=1)
+    return root
 
 
-def run(script, *arguments):
-    command = [sys.executable, HERE / script, *arguments]
+@pytest.fixture(scope="module")
+def measured(root):
     environment = {**os.environ, "PYTHONPATH": str(HERE.parents[1]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, HERE / "measured.py", root]
     output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     return json.loads(output.splitlines()[-1])
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's peak of resident memory")
-@pytest.mark.parametrize("how", ["kept", "dequantised"])
-def test_the_peak_stays_below_the_model_and_two_shards(how, large_folder, fp8_folder):
-    sizes = [path.stat().st_size for path in large_folder.glob("*.safetensors")]
-    assert len(sizes) == SHARDS and sum(sizes) > 200e6
-    measured = run("measured_load.py", large_folder, how, fp8_folder)
-    assert measured["model"] > sum(sizes) * (0.95 if how == "kept" else 1.9)
-    assert measured["peak"] < measured["model"] + 2 * max(sizes), measured
+def sizes(folder):
+    return [path.stat().st_size for path in folder.glob("*.safetensors")]
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's peak of resident memory")
-def test_saving_as_fp8_needs_less_than_two_shards_beside_the_model(large_folder, fp8_folder, tmp_path):
-    shard = 40_000_000
-    measured = run("measured_save.py", large_folder, tmp_path, fp8_folder, str(shard))
-    sizes = [path.stat().st_size for path in (tmp_path / "large").glob("*.safetensors")]
-    assert len(sizes) > 4 and sum(sizes) > 200e6 and max(sizes) < shard * 1.01
+@pytest.mark.parametrize("case", [case for case in CASES if case not in PACKED])
+def test_the_peak_stays_below_the_model_and_two_shards(case, root, measured):
+    files, found = sizes(root / CASES[case][0]), measured[case]
+    least, most = SHARES[CASES[case][1]]
+    assert sum(files) > 125e6 and len(files) >= 4
+    assert least * sum(files) < found["model"] + found["on disk"] < most * sum(files)
+    assert found["on disk"] > 8 * found["model"] if CASES[case][2] else not found["on disk"]
+    assert found["peak"] < found["model"] + 2 * max(files), found
+
+
+@pytest.mark.parametrize("case", PACKED)
+def test_the_peak_stays_below_the_packed_model_and_two_shards(case, root, measured):
+    files, found = sizes(root / CASES[case][0]), measured[case]
+    assert found["model"] < PACKED[case] * sum(files)
+    assert found["peak"] < 1.15 * found["model"] + 2 * max(files), found
+
+
+def test_saving_as_fp8_needs_less_than_two_shards_beside_the_model(root, measured):
+    files = sizes(root / "saved")
+    assert len(files) > 4 and sum(files) > 125e6 and max(files) < SAVED_SHARD * 1.01
     # One matrix as float32 and its parts, and what the allocator holds on to.
-    assert measured["peak"] < 2 * shard, measured
+    assert measured["save"]["peak"] < 2 * SAVED_SHARD, measured["save"]

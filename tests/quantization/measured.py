@@ -1,0 +1,90 @@
+"""Run in a process of its own: load and save folders and print the peaks of resident memory beyond what was there.
+
+Usage: python measured.py ROOT, a folder with fp8, bf16 and small (FP8) in it; prints one JSON object, a case each.
+"""
+
+import ctypes
+import gc
+import json
+import sys
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from deepseek_v3 import FP8Config
+
+SAVED_SHARD = 20_000_000
+NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+HOW = {
+    "kept": FP8Config(keep=True),
+    "dequantised": FP8Config(keep=False),
+    "bf16": None,
+    "nf4": NF4,
+    "int8": BitsAndBytesConfig(load_in_8bit=True),
+}
+# Name of a case -> folder, how it is loaded, whether most of it goes to the disk.
+CASES = {
+    "kept": ("fp8", "kept", False),
+    "dequantised": ("fp8", "dequantised", False),
+    "bf16": ("bf16", "bf16", False),
+    "kept, on disk": ("fp8", "kept", True),
+    "dequantised, on disk": ("fp8", "dequantised", True),
+    "bf16, on disk": ("bf16", "bf16", True),
+    "nf4 of bf16": ("bf16", "nf4", False),
+    "nf4 of fp8": ("fp8", "nf4", False),
+    "int8 of bf16": ("bf16", "int8", False),
+}
+
+
+def status(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def peak_of(action):
+    """What `action` returns, and the most memory that it took beyond what was there before it."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what an earlier case gave back would hide what this one takes
+    before = status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here on
+    result = action()
+    return result, status("VmHWM") - before
+
+
+def load(folder, how, offload=None):
+    kwargs = {"quantization_config": HOW[how], "device_map": "auto"}
+    if offload:
+        # All but the embedding and a dense layer: what is left in memory is next to nothing.
+        limit = max(path.stat().st_size for path in folder.glob("*.safetensors"))
+        kwargs |= {"max_memory": {"cpu": limit}, "offload_folder": offload}
+    return AutoModelForCausalLM.from_pretrained(folder, **kwargs)
+
+
+def save(root, folder, target, **options):
+    model = load(root / folder, "dequantised")
+    # In memory of its own: nothing of the files, and nothing that training would not have in memory.
+    model.get_parameter("model.layers.0.self_attn.o_proj.weight").data.mul_(1.5)
+    return peak_of(lambda: model.save_pretrained(root / target, quantize="fp8", original=root / folder, **options))[1]
+
+
+def main(root):
+    results = {}
+    # What the first load and save of a kind import and allocate for good is not theirs.
+    for how in HOW:
+        load(root / "small", "kept" if how == "bf16" else how, root / "warm-up" if how == "kept" else None)
+    for case, (folder, how, on_disk) in CASES.items():
+        model, peak = peak_of(lambda: load(root / folder, how, root / case if on_disk else None))  # noqa: B023
+        tensors = model.state_dict().values()
+        results[case] = {
+            "peak": peak,
+            "model": sum(tensor.nbytes for tensor in tensors if not tensor.is_meta),
+            "on disk": sum(tensor.nbytes for tensor in tensors if tensor.is_meta),
+        }
+        del model, tensors
+    save(root, "small", "saved-small")
+    results["save"] = {"peak": save(root, "fp8", "saved", max_shard_size=SAVED_SHARD)}
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
