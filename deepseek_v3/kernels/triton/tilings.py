@@ -32,7 +32,7 @@ class Sweep:
 
     rows: int = 64
     columns: int = 128
-    sweep: int = 7
+    sweep: int = 4
     warps: int = 4
     stages: int = 2
 
@@ -92,7 +92,7 @@ _FP8_ROWS = (
     Tiling(rows=128, columns=128, depth=128, stages=3, warps=8),
     Tiling(rows=128, columns=64, depth=128, stages=4, warps=4),
 )
-_SWEEPS = (Sweep(sweep=1), Sweep(sweep=4), Sweep(stages=3), Sweep(rows=128, sweep=4, warps=8))
+_SWEEPS = (Sweep(sweep=1), Sweep(sweep=7), Sweep(stages=3), Sweep(rows=128, sweep=4, warps=8))
 LISTS: dict[str, dict[str, tuple[Any, ...]]] = {
     "hopper": {
         "grouped_rows": (
