@@ -155,10 +155,11 @@ def _bill(packed: list[BnbExperts], config: Any) -> str:
     widths = (config.hidden_size, config.hidden_size, config.moe_intermediate_size)
     expected = sum(third * packing.bytes_a_number(width) for width in widths)
     found = sum(experts.nbytes() for experts in packed)
+    unit, name = (1e9, "GB") if 6 * third >= 1e9 else (1e6, "MB")
     return (
-        f"The routed experts of {len(packed)} layers are packed as {packing.label}: {found / 1e9:.3f} GB, "
-        f"{found / (3 * third):.3f} bytes a parameter; the accounting says {expected / 1e9:.3f} GB for {layers} "
-        f"layers, and {6 * third / 1e9:.3f} GB in BF16."
+        f"The routed experts of {len(packed)} layers are packed as {packing.label}: {found / unit:.3f} {name}, "
+        f"{found / (3 * third):.3f} bytes a parameter; the accounting says {expected / unit:.3f} {name} for {layers} "
+        f"layers, and {6 * third / unit:.3f} {name} in BF16."
     )
 
 

@@ -169,8 +169,8 @@ def test_the_log_says_what_the_experts_take_and_what_the_accounting_says(even, c
     found = sum(experts.nbytes() for experts in experts_of(model).values())
     bill = account(model.config)
     numbers = 3 * model.config.n_routed_experts * bill.expert_parameters
-    assert f"3 layers are packed as NF4, double quantised: {found / 1e9:.3f} GB" in line
-    assert f"the accounting says {numbers * NF4_BYTES / 1e9:.3f} GB for 3 layers" in line
+    assert f"3 layers are packed as NF4, double quantised: {found / 1e6:.3f} MB" in line
+    assert f"the accounting says {numbers * NF4_BYTES / 1e6:.3f} MB for 3 layers" in line
 
 
 def test_the_whole_model_takes_what_inspect_says_it_will(tmp_path):
