@@ -11,7 +11,7 @@ from checkpoint_files import CONFIG
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from test_conversion_bad_input import BAD, FEW, INDEX, edit, remove, set_config, shard
+from test_conversion_bad_input import BAD, FEW, INDEX, SCALE, edit, remove, set_config, shard
 from transformers import AutoModelForCausalLM
 
 from deepseek_v3 import FP8Config
@@ -22,7 +22,8 @@ OTHER_WORDS = {
     "missing scale": ["kv_a_proj_with_mqa.weight_scale_inv is in no file"],
     "fp8 of another kind": ["F8_E5M2", "F8_E4M3"],
     **dict.fromkeys(
-        ("scale NaN", "scale infinite", "scale zero", "scale negative"), ["finite and positive", "model-0"]
+        ("scale NaN", "scale infinite", "scale zero", "scale negative"),
+        [SCALE, "finite and positive", "model-0", "Download"],
     ),
     "config without a size": ["config.json asks for", "56"],
     "config with a silly size": ["hidden_size", "256"],
