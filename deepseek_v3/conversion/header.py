@@ -97,7 +97,7 @@ def open_regular(path: str | os.PathLike[str]) -> tuple[int, int]:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
-        remedy = "copy or download it again" if isinstance(error, FileNotFoundError) else None
+        remedy = "copy or download it again" if isinstance(error, FileNotFoundError) else "make it readable"
         raise CheckpointError(f"cannot be opened ({error.strerror})", file=path, remedy=remedy) from None
     status = os.fstat(fd)
     if not stat.S_ISREG(status.st_mode):

@@ -154,7 +154,8 @@ def _open_indexed(folder: Path, config: dict[str, Any]) -> Checkpoint:
     index = read_json(index_path)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise CheckpointError("has no weight_map of tensor names to file names", file=index_path)
+        problem = "has no weight_map of tensor names to file names"
+        raise CheckpointError(problem, file=index_path, remedy="download it again")
     if not weight_map:
         raise CheckpointError("names no tensors", file=index_path, remedy="download it again")
     files: dict[str, Header] = {}

@@ -158,13 +158,16 @@ def _sides(checkpoint: Checkpoint, fallback: dict[str, Any]) -> dict[str, Side]:
             continue
         scale = views.get(name + SCALE_SUFFIX) if stored.dtype == "F8_E4M3" else None
         if stored.dtype == "F8_E4M3" and scale is None:
-            raise CheckpointError("the scale of this matrix is missing", file=checkpoint.folder, tensor=name)
+            problem = "the scale of this matrix is missing"
+            file = stored.tiles[0].file if stored.tiles else checkpoint.folder
+            raise CheckpointError(problem, file=file, tensor=name, remedy="download it again")
         if scale is not None and (scale.rows, scale.columns) != (
             -(-stored.rows // _BLOCK),
             -(-stored.columns // _BLOCK),
         ):
             problem = f"scales of shape {list(scale.shape)} do not fit a matrix of shape {list(stored.shape)}"
-            raise CheckpointError(problem, file=checkpoint.folder, tensor=name, remedy="download it again")
+            file = scale.tiles[0].file if scale.tiles else checkpoint.folder
+            raise CheckpointError(problem, file=file, tensor=name, remedy="download it again")
         sides[name] = Side(stored, scale)
     return sides
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from checkpoint_files import CONFIG
 
+from deepseek_v3.configuration.presets import PRESETS
 from deepseek_v3.conversion import convert, write_checkpoint
 
 
@@ -19,6 +20,13 @@ def made(tmp_path_factory):
     convert(root / "fp8", root / "fused", "fused", workers=0)
     convert(root / "fp8", root / "inference", "inference", model_parallel=2, keep_mtp=True, workers=0)
     return root
+
+
+@pytest.fixture(scope="session")
+def published(tmp_path_factory):
+    """DeepSeek-V3 itself in 163 files: true headers, no data."""
+    folder = tmp_path_factory.mktemp("published") / "deepseek-v3"
+    return write_checkpoint(PRESETS["deepseek-v3"], folder, shards=163, sparse=True)
 
 
 @pytest.fixture

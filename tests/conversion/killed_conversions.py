@@ -3,7 +3,6 @@
 import os
 import resource
 import signal
-import time
 
 from deepseek_v3.conversion import CheckpointError, convert
 
@@ -39,14 +38,6 @@ def die_renaming(source, target, to, count, options):
     """Convert in this process and die by SIGKILL just after rename number `count`."""
     _die_in(("rename",), count, after=True)
     convert(source, target, to, **{"workers": 0, "resume": True, **options})
-
-
-def tick(path):
-    """Write a byte every hundredth of a second for twenty seconds, as a worker amid a large file does."""
-    with open(path, "ab", buffering=0) as file:
-        for _ in range(2000):
-            file.write(b".")
-            time.sleep(0.01)
 
 
 def on_a_small_disk(source, target, to, limit, connection):

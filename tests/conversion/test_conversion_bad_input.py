@@ -189,6 +189,15 @@ BAD = {
 BLIND = ("scale NaN", "scale infinite", "scale zero", "scale negative", "NaN codes", "no config")
 
 
+def assert_named(output, code, culprit):
+    """One line with a remedy where a folder is refused, the findings where it is read; both name file or tensor."""
+    assert output.err.count("\n") == (code == 2)
+    if code == 2:
+        assert culprit in output.err and "; " in output.err, output.err
+    elif code == 1:
+        assert culprit in output.out or "contradiction: config.json" in output.out, output.out
+
+
 @pytest.mark.parametrize("what", BAD)
 def test_bad_checkpoints(made, copy, tmp_path, capsys, what):
     damage, words = BAD[what]
@@ -198,17 +207,18 @@ def test_bad_checkpoints(made, copy, tmp_path, capsys, what):
     assert command("convert", folder, tmp_path / "out", "--to", "bf16", "--workers", 0) == 2
     output = capsys.readouterr()
     assert output.err.count("\n") == 1 and output.err.startswith("deepseek-v3 convert: "), output.err
-    assert all(word in output.err for word in words), output.err
+    assert all(word in output.err for word in words) and "; " in output.err, output.err
     assert not (tmp_path / "out").exists()
     assert snapshot(folder) == before
     # Looking at headers alone finds it, too, unless it lies in the values.
-    seen = command("inspect", folder) != 0
-    assert seen == (what not in BLIND)
-    capsys.readouterr()
+    code = command("inspect", folder)
+    assert (code != 0) == (what not in BLIND)
+    assert_named(capsys.readouterr(), code, words[0])
     # Comparing asks for no config.json and takes a number for what it is in any dtype; all else is seen.
     code = command("verify", folder, made / "fp8", "--workers", 0)
     assert code in ((0, 2) if "config" in what or what == "wrong dtype" else (1, 2))
-    assert capsys.readouterr().err.count("\n") == (code == 2)
+    # A scale is compared as a part of its matrix.
+    assert_named(capsys.readouterr(), code, words[0].removesuffix("_scale_inv"))
 
 
 def test_bf16_with_a_quantization_config(copy, tmp_path, capsys):

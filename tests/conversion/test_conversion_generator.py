@@ -144,14 +144,13 @@ def test_the_seed_decides(made, tmp_path):
     assert snapshot(tmp_path / "other") != snapshot(made / "fp8")
 
 
-def test_true_sizes_by_headers_alone(tmp_path):
+def test_true_sizes_by_headers_alone(published):
     """DeepSeek-V3 itself: the counts of the published 163 files."""
-    write_checkpoint(PRESETS["deepseek-v3"], tmp_path / "v3", shards=163, sparse=True)
-    checkpoint = open_checkpoint(tmp_path / "v3")
+    checkpoint = open_checkpoint(published)
     assert (len(checkpoint.files), len(checkpoint.tensors)) == (163, 91_991)
     assert sum(info.nbytes for info in checkpoint.tensors.values()) == 688_574_839_360
-    found = inspect(tmp_path / "v3")
-    assert found.sound and found.preset == "deepseek-v3"
+    found = inspect(published)
+    assert found.sound and found.preset == "deepseek-v3" and found.scale_fmt is None
     assert found.dtypes["F8_E4M3"] == {"tensors": 45_808, "bytes": 680_571_043_840}
     assert found.dtypes["F32"] == {"tensors": 45_808 + 59, "bytes": 4 * (41_540_496 + 59 * 256)}
     assert found.dtypes["BF16"]["bytes"] == 2 * 3_918_786_560

@@ -75,27 +75,6 @@ def test_killed_at_any_point_the_same_command_finishes(made, tmp_path, function,
     assert killed >= 3 and sealed(made / source) == before
 
 
-def test_workers_leave_with_their_parent(tmp_path):
-    """SIGKILL to the parent of workers that have much left to write."""
-    script = (
-        "import sys, killed_conversions\n"
-        "from deepseek_v3.conversion.execution import run_all\n"
-        "list(run_all(killed_conversions.tick, [(name,) for name in sys.argv[1:]], workers=2, needs_codec=False))"
-    )
-    files = [tmp_path / "a", tmp_path / "b"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
-    process = subprocess.Popen([sys.executable, "-c", script, *files], env=environment)
-    while not all(path.exists() for path in files):
-        assert process.poll() is None
-        time.sleep(0.005)
-    process.kill()
-    process.wait()
-    time.sleep(0.5)
-    later = snapshot(tmp_path)
-    time.sleep(0.5)
-    assert snapshot(tmp_path) == later
-
-
 def running(group):
     """Processes of a process group that are alive."""
     found = []

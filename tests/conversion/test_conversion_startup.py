@@ -1,12 +1,9 @@
 """The commands on checkpoints start without a framework; everything else that imports the package gets its classes."""
 
+import os
 import subprocess
 import sys
-import time
 from pathlib import Path
-
-from deepseek_v3.configuration.presets import PRESETS
-from deepseek_v3.conversion import write_checkpoint
 
 OF = "from transformers import AutoConfig; print(type(AutoConfig.for_model('deepseek_v3')).__module__.split('.')[0])"
 
@@ -76,14 +73,13 @@ def test_names_are_found_at_the_root_without_registering():
     assert run("-c", source).stdout.splitlines() == ["module 'deepseek_v3' has no attribute 'nothing'", "transformers"]
 
 
-def test_headers_of_the_official_size_are_read_in_about_a_second(tmp_path):
-    write_checkpoint(PRESETS["deepseek-v3"], tmp_path / "x", sparse=True, shards=163)
+def test_headers_of_the_official_size_are_read_in_about_a_second(published):
     script = Path(sys.executable).with_name("deepseek-v3")
-    seconds = []
-    for _ in range(3):
-        begin = time.perf_counter()
-        output = run(script, "inspect", tmp_path / "x").stdout
-        seconds.append(time.perf_counter() - begin)
+    # The processor's seconds: those of the clock are also other processes'.
+    before = os.times()
+    output = run(script, "inspect", published).stdout
+    after = os.times()
+    seconds = after.children_user + after.children_system - before.children_user - before.children_system
     assert "163 with 91991 tensors" in output and "sound" in output
-    # 1.0 s was measured alone on one core; another process on it doubles that. transformers alone takes 4.
-    assert min(seconds) < 3, seconds
+    # 1.0 s was measured alone on one core; another process on it makes that up to two. transformers alone takes 4.
+    assert seconds < 3, seconds
