@@ -14,6 +14,7 @@ from transformers import Trainer
 from transformers.trainer_callback import TrainerCallback
 
 from .schedules import ReportSchedule, StepBatches, split_step
+from .stream import StepStream
 
 
 class ScheduleCallback(TrainerCallback):
@@ -42,16 +43,16 @@ class ScheduledTrainer(Trainer):
     """Trainer whose learning rate, gamma, lambda and batch size follow a `ReportSchedule`.
 
     With a batch ramp `per_device_train_batch_size` is the number of sequences in a forward, and
-    `gradient_accumulation_steps` stays 1: each step accumulates as many forwards as its size takes. Checkpoints,
-    resuming and the loss's division by the step's tokens are Trainer's own.
+    `gradient_accumulation_steps` stays 1: each step accumulates as many forwards as its size takes. Data with a
+    length is shuffled by `args.seed`; data without (an IterableDataset) comes in its own order, pass after pass, and
+    each process reads all of it. Checkpoints, resuming and the loss's division by the step's tokens are Trainer's own.
 
     Args:
         schedule: its `steps` are `args.max_steps`.
         arguments: as of `transformers.Trainer`.
 
     Raises:
-        ValueError: the schedule is of another number of steps; a batch ramp together with gradient accumulation or
-            with data that has no length.
+        ValueError: the schedule is of another number of steps; a batch ramp together with gradient accumulation.
     """
 
     def __init__(self, *arguments: Any, schedule: ReportSchedule, **named: Any) -> None:
@@ -61,11 +62,8 @@ class ScheduledTrainer(Trainer):
             raise ValueError(
                 f"the schedule has {schedule.steps} steps and max_steps is {self.args.max_steps}; set the two equal"
             )
-        if schedule.sizes is not None:
-            if self.args.gradient_accumulation_steps != 1:
-                raise ValueError("a batch ramp accumulates by itself; set gradient_accumulation_steps=1")
-            if isinstance(self.train_dataset, IterableDataset) or not hasattr(self.train_dataset, "__len__"):
-                raise ValueError("a batch ramp needs data with a length; load it without streaming")
+        if schedule.sizes is not None and self.args.gradient_accumulation_steps != 1:
+            raise ValueError("a batch ramp accumulates by itself; set gradient_accumulation_steps=1")
         # In front of the others, so that they see the step's values.
         self.callback_handler.callbacks.insert(0, ScheduleCallback(schedule))
 
@@ -79,8 +77,17 @@ class ScheduledTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         if self.schedule.sizes is None:
             return super().get_train_dataloader()
-        dataset: Any = self._remove_unused_columns(self.train_dataset, description="Training")
+        dataset: Any = self.train_dataset
         ranks, rank = self.args.world_size, self.args.process_index
+        if isinstance(dataset, IterableDataset):
+            return DataLoader(
+                StepStream(dataset, self.schedule.sizes, rank, ranks),
+                batch_size=None,
+                collate_fn=self._get_collator_with_removed_columns(self.data_collator, description="Training"),
+                num_workers=min(1, self.args.dataloader_num_workers),  # a second one would read the same
+                pin_memory=self.args.dataloader_pin_memory,
+            )
+        dataset = self._remove_unused_columns(dataset, description="Training")
         # Each rank draws its own part: accelerate's sharding takes batches of one size.
         return DataLoader(
             dataset,

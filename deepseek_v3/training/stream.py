@@ -7,8 +7,9 @@ it and a token in that text.
 """
 
 import random
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
@@ -160,16 +161,66 @@ class PackedStream(torch.utils.data.IterableDataset):
         return files
 
 
+class StepStream(torch.utils.data.IterableDataset):
+    """One list of rows for each optimizer step, as `schedules.StepBatches` draws them, of data without a length.
+
+    Passes over the data follow one another. A `PackedStream` goes on from its `start`; other data begins anew, and
+    what a resumed run has seen is for the caller to skip. Every rank reads all rows and keeps its share.
+
+    Args:
+        rows: anything that can be iterated over again; its `set_epoch`, where there is one, is told the pass.
+        sizes: sequences in each step, over all ranks.
+        rank, ranks: this process and how many there are.
+
+    Raises:
+        ValueError: a pass gives no row; a stream's start is not the end of one of these steps.
+    """
+
+    def __init__(self, rows: Iterable[Any], sizes: Sequence[int], rank: int = 0, ranks: int = 1) -> None:
+        self.rows, self.sizes, self.rank, self.ranks = rows, list(sizes), rank, ranks
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        rows = self._passes()
+        for size in self.sizes[self._begin() :]:
+            yield list(islice(rows, size))[self.rank :: self.ranks]
+
+    def _begin(self) -> int:
+        """The step that comes after the rows that a stream does not give again."""
+        read = self.rows.start["blocks"] if isinstance(self.rows, PackedStream) else 0
+        ends = [0, *accumulate(self.sizes)]
+        step = bisect_left(ends, read)
+        if step == len(ends) or ends[step] != read:
+            raise ValueError(
+                f"the checkpoint was made after {read} blocks, where no step of this batch ramp ends: "
+                "resume with the ramp that the run began with"
+            )
+        return step
+
+    def _passes(self) -> Iterator[Any]:
+        number = 0
+        while True:
+            if hasattr(self.rows, "set_epoch"):
+                self.rows.set_epoch(number)
+            row = None
+            for row in self.rows:
+                yield row
+            if row is None:
+                raise ValueError("the training data gives no row")
+            number += 1
+
+
 class StreamCallback(TrainerCallback, ExportableState):
     """Keeps the stream's place in Trainer's checkpoints.
 
     Args:
         stream: what Trainer trains on.
+        sizes: blocks in each optimizer step, where they differ.
     """
 
-    def __init__(self, stream: PackedStream) -> None:
+    def __init__(self, stream: PackedStream, sizes: Sequence[int] | None = None) -> None:
         self.stream = stream
         self.place: dict[str, Any] | None = None
+        self._read = None if sizes is None else [0, *accumulate(sizes)]
 
     def state(self) -> dict[str, Any]:
         """What Trainer writes into trainer_state.json."""
@@ -178,9 +229,10 @@ class StreamCallback(TrainerCallback, ExportableState):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # Trainer's own count begins anew in a resumed run that skips no data.
         state.epoch = state.global_step / state.max_steps
-        if state.is_world_process_zero:  # the one that reads; accelerate hands the others their part
+        if state.is_world_process_zero:  # accelerate hands the others their part, or they read the same
             blocks = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-            self.place = self.stream.place_at(state.global_step * blocks)
+            read = state.global_step * blocks if self._read is None else self._read[state.global_step]
+            self.place = self.stream.place_at(read)
 
 
 def saved_place(stateful_callbacks: dict[str, Any], checkpoint: str) -> dict[str, Any]:

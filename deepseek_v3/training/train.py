@@ -144,13 +144,13 @@ def make_schedule(settings: TrainSettings, config: Any, ranks: int) -> ReportSch
     return ReportSchedule(settings.steps or 0, settings.warmup, ramp, (gamma, 0.0), (weight, weight / 3))
 
 
-def _callbacks(settings: TrainSettings, dataset: Any) -> list[TrainerCallback]:
+def _callbacks(settings: TrainSettings, dataset: Any, sizes: list[int] | None) -> list[TrainerCallback]:
     """Those that add to a log stand before the one that reports it."""
     callbacks: list[TrainerCallback] = [CheckpointLogCallback(), RouterBalanceCallback()]
     if settings.precision == "fp8":
         callbacks.append(FP8StatisticsCallback())
     if settings.stream:
-        callbacks.append(StreamCallback(dataset))
+        callbacks.append(StreamCallback(dataset, sizes))
     if settings.report_to == "tensorboard":
         callbacks.append(TensorBoardCallback())
     return callbacks
@@ -172,20 +172,19 @@ def make_trainer(settings: TrainSettings, model: Any, tokenizer: Any, texts: Tex
     held_out = head((text for _, text in texts.held_out), settings.eval_bytes) if settings.eval_steps else []
     dataset = make_dataset(settings, tokenizer, texts)
     arguments = training_arguments(settings, fresh)
+    schedule = None if settings.schedule == "cosine" else make_schedule(settings, model.config, arguments.world_size)
     named: dict[str, Any] = {
         "model": model,
         "args": arguments,
         "train_dataset": dataset,
         "eval_dataset": _blocks(settings, held_out, tokenizer, "held-out text") if held_out else None,
         "processing_class": tokenizer,
-        "callbacks": _callbacks(settings, dataset),
+        "callbacks": _callbacks(settings, dataset, schedule and schedule.sizes),
         "held_out": held_out,
     }
     if settings.optimizer == "adamw-bf16":
         named["optimizer_cls_and_kwargs"] = AdamWBF16, {"lr": settings.learning_rate, "betas": _BETAS}
-    if settings.schedule == "cosine":
-        return RunTrainer(**named)
-    return ScheduledRunTrainer(**named, schedule=make_schedule(settings, model.config, arguments.world_size))
+    return RunTrainer(**named) if schedule is None else ScheduledRunTrainer(**named, schedule=schedule)
 
 
 def make_dataset(settings: TrainSettings, tokenizer: Any, texts: Texts) -> Any:

@@ -208,7 +208,6 @@ def _check_pairs(settings: TrainSettings) -> None:
             settings.stream and settings.limit_bytes is not None
         ),
         "--batch-ramp belongs to --schedule report": ramp and settings.schedule != "report",
-        "--batch-ramp needs data with a length: leave --stream out": ramp and settings.stream,
         "--batch-ramp accumulates by itself: leave --accumulation out": ramp and settings.accumulation != 1,
         "--scale-fmt belongs to --precision fp8": settings.scale_fmt != "float32" and settings.precision != "fp8",
         "--fp8-statistics belongs to --precision fp8": settings.fp8_statistics > 0 and settings.precision != "fp8",

@@ -60,7 +60,7 @@ def test_greedy_batches_give_the_tokens_of_plain_greedy(drafts, depths):
     assert 0 < sum(output.mtp.accepted) < sum(output.mtp.drafted)  # the test sees both
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(
     seed=st.integers(0, 1000),
     lengths=st.lists(st.integers(1, 7), min_size=1, max_size=4),

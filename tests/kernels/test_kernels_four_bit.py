@@ -22,16 +22,21 @@ def packed(matrices, numbers, nested):
 
 
 def truth(codes, absmax, table, numbers, nested):
-    result = torch.empty(len(codes), numbers)
-    for e in range(len(codes)):
-        for i in range(numbers):
-            byte, block = int(codes[e, i // 2]), i // 64
-            most = absmax[e, block]
-            if nested is not None:
-                factors, mean, nested_table = nested
-                most = nested_table[int(most)] * factors[e, block // 256] + mean[e]
-            result[e, i] = table[byte % 16 if i % 2 else byte // 16] * most
-    return result
+    if nested is not None:
+        factors, mean, nested_table = nested
+        most = [
+            [nested_table[int(m)] * factors[e, b // 256] + mean[e] for b, m in enumerate(row)]
+            for e, row in enumerate(absmax)
+        ]
+        absmax = torch.tensor(most)
+    # Products of two float32 are exact in Python's numbers; torch.tensor rounds them once.
+    rows, absmax, table = codes.tolist(), absmax.tolist(), table.tolist()
+    return torch.tensor(
+        [
+            [table[row[i // 2] % 16 if i % 2 else row[i // 2] // 16] * most[i // 64] for i in range(numbers)]
+            for row, most in zip(rows, absmax, strict=True)
+        ]
+    )
 
 
 @pytest.mark.parametrize("numbers", NUMBERS)

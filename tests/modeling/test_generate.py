@@ -120,7 +120,7 @@ def test_return_dict_false_gives_the_loss_first(model, tokens):
 
 @pytest.mark.parametrize("form", ["auto", "absorbed"])
 def test_compiles_into_one_graph(form, tokens):
-    model = make_model(mla_form=form)
+    model = make_model(mla_form=form, num_hidden_layers=2)  # one dense, one with experts
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     cache, plain = (StaticCache(config=model.config, max_cache_len=32) for _ in range(2))
     with torch.no_grad():

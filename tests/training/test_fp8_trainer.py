@@ -123,15 +123,55 @@ def poison_backward(model):
     return "the gradient to the output of model.layers.1.self_attn.o_proj"
 
 
-@pytest.mark.parametrize("poison", [poison_forward, poison_backward])
-def test_a_broken_number_stops_the_training_with_the_layers_name(tmp_path, poison):
+def poison_expert(model):
+    moe = model.model.layers[1].mlp
+    moe.experts.down_proj.data[3, 0, 7] = float("nan")
+    moe.gate.e_score_correction_bias[3] = 50
+    return "the output of model.layers.1.mlp.experts"
+
+
+def poison_norm(model):
+    model.model.layers[0].post_attention_layernorm.weight.data[5] = float("inf")
+    return "the output of model.layers.0.post_attention_layernorm"
+
+
+def poison_mtp(model):
+    (module,) = model.model.mtp_layers
+    module.eh_proj.weight.data[1, 1] = float("nan")
+    return "the output of " + next(name for name, found in model.named_modules() if found is module.eh_proj)
+
+
+def poison_gradient(model):
+    """One infinity that no module's output shows; clipping makes zeros of all other gradients."""
+
+    def spoil(grad):
+        return grad.index_fill(0, torch.tensor([2]), float("inf"))
+
+    model.model.layers[0].mlp.gate_proj.weight.register_hook(spoil)
+    return "the gradient of model.layers.0.mlp.gate_proj.weight"
+
+
+POISONS = [poison_forward, poison_backward, poison_expert, poison_norm, poison_mtp, poison_gradient]
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("poison", POISONS)
+def test_a_broken_number_stops_the_training_with_the_layers_name(tmp_path, poison, bf16):
+    """Under accumulation; with and without autocast."""
     model = converted()
-    training = with_adam(model, tmp_path, 4, [FP8StatisticsCallback()])
+    training = with_adam(model, tmp_path, 4, [FP8StatisticsCallback()], bf16=bf16)
     name = poison(model)
     before = model.model.embed_tokens.weight.detach().clone()
-    with pytest.raises(FloatingPointError, match=name):
+    with pytest.raises(FloatingPointError, match=f"before optimizer step 1: .* first in {name}$"):
         training.train()
     assert torch.equal(model.model.embed_tokens.weight, before)
+
+
+def test_an_infinite_gradient_is_found_without_clipping_too(tmp_path):
+    model = converted()
+    training = with_adam(model, tmp_path, 4, [FP8StatisticsCallback()], max_grad_norm=0)
+    with pytest.raises(FloatingPointError, match=poison_gradient(model)):
+        training.train()
 
 
 def test_the_callback_wants_an_fp8_model(tmp_path):

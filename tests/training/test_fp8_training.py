@@ -278,6 +278,21 @@ def test_adapters_learn_over_a_frozen_base_in_fp8(small, tokens):
     assert all(found == ("lora_" in name) for name, found in grads.items()) and any(grads.values())
 
 
+def test_weights_that_are_made_anew_each_forward_leave_no_codes_behind(small, tokens, counted):
+    """Adapters on the experts' parameters: a sum for every forward, quantised for it, and dropped for the next."""
+    from peft import LoraConfig, get_peft_model
+
+    wrapped = get_peft_model(small, LoraConfig(target_modules=[], target_parameters=["experts.gate_up_proj"], r=4))
+    enable_fp8_training(wrapped)
+    kept = [torch.empty(8 + i) for i in range(3)]  # so that addresses differ
+    for _ in range(4):
+        loss_of(wrapped, tokens).backward()
+        kept.append(torch.empty(1000))
+    assert max(len(module.fp8.codes._kept) for module in fp8_modules(wrapped)) == 2
+    stacks = [shape for shape in counted if len(shape) == 3]
+    assert len(stacks) == 2 * (4 + 1)  # of two routed layers: gate and up each time, down once
+
+
 @pytest.mark.parametrize(
     ("options", "name"),
     [

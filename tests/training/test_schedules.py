@@ -12,6 +12,7 @@ from deepseek_v3 import DeepseekV3ForCausalLM, RouterBalanceCallback
 from deepseek_v3.configuration import preset
 from deepseek_v3.training.scheduled_trainer import ScheduledTrainer
 from deepseek_v3.training.schedules import BatchRamp, ReportSchedule
+from deepseek_v3.training.stream import StepStream
 
 RAMP = BatchRamp(3072, 15360, round(469e9 / 4096))
 STEPS = 242_783  # that 14.8T tokens take
@@ -97,12 +98,14 @@ class Watcher(TrainerCallback):
     """Rows of every forward, and gamma and lambda of every step."""
 
     def __init__(self):
-        self.settings, self.rows = [], []
+        self.settings, self.rows, self.seen = [], [], []
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        model.register_forward_pre_hook(
-            lambda module, args, kwargs: self.rows.append(kwargs["input_ids"].shape[0]), with_kwargs=True
-        )
+        def look(module, args, kwargs):
+            self.rows.append(kwargs["input_ids"].shape[0])
+            self.seen += kwargs["input_ids"].tolist()
+
+        model.register_forward_pre_hook(look, with_kwargs=True)
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         self.settings.append((model.config.router_bias_update_rate, model.config.mtp_loss_weight, sum(self.rows)))
@@ -184,6 +187,36 @@ def test_wrong_use_is_refused(dataset, tmp_path):
         run(tmp_path, dataset, max_steps=4)
     with pytest.raises(ValueError, match="set gradient_accumulation_steps=1"):
         run(tmp_path, dataset, gradient_accumulation_steps=2)
-    stream = IterableDataset.from_generator(lambda: iter(dataset))
-    with pytest.raises(ValueError, match="a batch ramp needs data with a length"):
-        run(tmp_path, stream)
+
+
+@pytest.mark.parametrize("kind", ["datasets", "torch"])
+def test_data_without_a_length_ramps_in_its_own_order_and_resumes(kind, dataset, tmp_path):
+    """Over more than one pass; the columns that no forward takes are left out."""
+    rows = [{**row, "number": i} for i, row in enumerate(dataset)]
+    if kind == "torch":
+
+        class Rows(torch.utils.data.IterableDataset):
+            def __iter__(self):
+                return iter(rows)
+
+        stream = Rows()
+    else:
+        stream = IterableDataset.from_generator(lambda: iter(rows))
+    whole, watcher = run(tmp_path / "whole", stream)
+    assert [count for _, _, count in watcher.settings] == SCHEDULE.sizes
+    order = [row["input_ids"] for row in rows] * 3
+    assert len(order) > sum(SCHEDULE.sizes) > len(rows)
+    assert watcher.seen == order[: sum(SCHEDULE.sizes)]
+    for step in (1, 5):
+        resumed, _ = run(
+            tmp_path / str(step), stream, resume=f"{tmp_path}/whole/checkpoint-{step}", save_strategy="no"
+        )
+        assert losses(resumed) == losses(whole)
+
+
+def test_a_stream_of_steps_is_read_once_by_every_rank():
+    rows = StepStream(range(7), [2, 4, 6], rank=1, ranks=2)
+    assert list(rows) == [[1], [3, 5], [0, 2, 4]]
+    assert list(StepStream(range(7), [2, 4, 6], rank=0, ranks=2)) == [[0], [2, 4], [6, 1, 3]]
+    with pytest.raises(ValueError, match="gives no row"):
+        list(StepStream([], [2]))

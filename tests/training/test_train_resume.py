@@ -21,7 +21,8 @@ RUNS = {
     "bf16, streamed": ["--data", "{rows}", "--stream", "--shuffle-buffer", "7", "--mask-documents", "--accumulation"]
     + ["2", "--precision", "bf16", "--eval-steps", "4", "--eval-bytes", "500"],
     "fp8, streamed": ["--data", "{rows}", "--stream", "--shuffle-buffer", "5", "--precision", "fp8", "--optimizer"]
-    + ["adamw-bf16", "--fp8-statistics", "5", "--schedule", "report"],
+    + ["adamw-bf16", "--fp8-statistics", "5", "--schedule", "report", "--batch-ramp", "2", "5", "20"]
+    + ["--mask-documents", "--activation-checkpointing", "--eval-steps", "5", "--eval-bytes", "500"],
 }
 
 

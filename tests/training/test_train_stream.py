@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset
 
 from deepseek_v3.training.data import pack, text_files, train_tokenizer
-from deepseek_v3.training.stream import PackedStream, is_held_out, saved_place, stream_texts
+from deepseek_v3.training.stream import PackedStream, StepStream, is_held_out, saved_place, stream_texts
 
 TEXTS = [f"text {i}: " + "some words of it, " * (i % 7) + "日本" * (i % 3) for i in range(60)]
 
@@ -137,5 +137,9 @@ def test_what_is_not_text_is_passed_over_or_named(tmp_path, tokenizer):
         first(PackedStream([tmp_path / "numbers.jsonl"], tokenizer, 4), 1)
     with pytest.raises(ValueError, match="no text to train on"):
         first(PackedStream([tmp_path / "empty.txt", tmp_path / "latin.txt"], tokenizer, 4), 1)
+    stream = PackedStream([tmp_path / "a.txt"], tokenizer, 4)
+    stream.start = {**stream.start, "blocks": 5}
+    with pytest.raises(ValueError, match="after 5 blocks, where no step of this batch ramp ends"):
+        first(StepStream(stream, [2, 4, 6]), 1)
     with pytest.raises(ValueError, match="checkpoint-3 is of a run without --stream"):
         saved_place({}, "checkpoint-3")

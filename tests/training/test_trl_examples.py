@@ -9,6 +9,9 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from deepseek_v3 import enable_fp8_training
+from deepseek_v3.training import FP8StatisticsCallback
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
@@ -33,6 +36,49 @@ def test_supervised_with_the_loss_of_the_mtp_modules(fp8, run_example, tmp_path)
     if fp8:
         state = moved.state_dict()
         assert all((state[name] - weight).abs().max() > 0 for name, weight in before.items())
+
+
+def test_two_lines_train_in_fp8_and_the_folder_loads_anywhere(tmp_path, monkeypatch):
+    """`enable_fp8_training` before TRL's own trainer; its loss comes from the logits, and the stop knows that too."""
+    from trl import SFTConfig, SFTTrainer
+
+    from twins import make_model
+
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    from small import make_tokenizer
+
+    ids = torch.randint(3, 60, (8, 16), generator=torch.Generator().manual_seed(1)).tolist()
+    usual = {"use_cpu": True, "report_to": [], "bf16": False, "logging_steps": 1, "save_strategy": "no"}
+
+    def made(model, **options):
+        arguments = SFTConfig(
+            output_dir=str(tmp_path), per_device_train_batch_size=8, learning_rate=1e-2, **usual, **options
+        )
+        rows = Dataset.from_dict({"input_ids": ids})
+        return SFTTrainer(model=model, args=arguments, train_dataset=rows, processing_class=make_tokenizer())
+
+    model = make_model(vocab_size=64)
+    enable_fp8_training(model)
+    trainer = made(model, max_steps=8)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0] - 0.5
+    trainer.save_model(str(tmp_path / "plain"))
+    model.save_pretrained(tmp_path / "official", quantize="fp8")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32)
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in loaded.state_dict().items())
+    tokens = torch.tensor(ids[:2])
+    with torch.no_grad():
+        assert torch.equal(loaded(tokens).logits, model.eval()(tokens).logits)
+        rounded = AutoModelForCausalLM.from_pretrained(tmp_path / "official", dtype=torch.float32)
+        assert not torch.equal(rounded(tokens).logits, loaded(tokens).logits)
+        agree = torch.nn.functional.cosine_similarity(rounded(tokens).logits, loaded(tokens).logits, dim=-1)
+    assert agree.median() > 0.99  # rounding moves the choice of an expert here and there
+    model.train().model.layers[1].self_attn.o_proj.weight.data[0, 0] = float("nan")
+    broken = made(model, max_steps=1)
+    broken.add_callback(FP8StatisticsCallback())
+    with pytest.raises(FloatingPointError, match=r"the output of model.layers.1.self_attn.o_proj"):
+        broken.train()
 
 
 def test_preferences(run_example, tmp_path):

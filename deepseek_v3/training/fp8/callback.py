@@ -17,9 +17,10 @@ class FP8StatisticsCallback(TrainerCallback):
     `fp8_activation_overflow` and `fp8_activation_nan` (how many infinities and NaN; scales of the current values let
     nothing finite overflow), and the same for `gradient` and `weight`.
 
-    Before each optimizer step the loss is read, once: where it, or the gradient of the last norm, is not finite, the
+    Before each optimizer step the device is read, once: where a loss or any parameter's gradient is not finite, the
     step's batches run again with every module watched, and FloatingPointError names the first one whose output, or
-    whose output's gradient, is not finite. The weights are still those from before the step.
+    whose output's gradient, is not finite, or else a parameter with such a gradient. The weights are still those from
+    before the step.
     """
 
     def __init__(self) -> None:
@@ -48,13 +49,13 @@ class FP8StatisticsCallback(TrainerCallback):
         self._statistics.active = interval > 0 and state.global_step % interval == 0
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        marks = [loss.float().sum() for loss in self._losses]
-        grads = [p.grad for p in model.parameters() if p.grad is not None and p.dim() == 1]
-        marks += [grads[-1].float().sum()] if grads else []
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        # All of them: clipping spreads a NaN to every gradient, but turns the others to zero where one is infinite.
+        peaks = torch._foreach_norm(grads, float("inf")) if grads else []
+        marks = [mark.float().sum() for mark in (*self._losses, *peaks)]
         if marks and not bool(torch.stack([mark.to(marks[0].device) for mark in marks]).isfinite().all()):
-            batches = self._batches
             self._handle.remove()
-            where = next(filter(None, (first_broken(model, *batch) for batch in batches)), "the gradients' sum")
+            where = next(filter(None, (first_broken(model, *b) for b in self._batches)), "the sum of the gradients")
             raise FloatingPointError(
                 f"training stopped before optimizer step {state.global_step + 1}: not a finite number first in {where}"
             )
@@ -78,17 +79,18 @@ class FP8StatisticsCallback(TrainerCallback):
     def _remember(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         if not model.training or not torch.is_grad_enabled():
             return
+        self._batches.append((args, kwargs))
         loss = output.get("loss") if hasattr(output, "get") else None
-        if loss is not None:
+        if loss is not None:  # some trainers compute it from the logits
             self._losses.append(loss.detach())
-            self._batches.append((args, kwargs))
 
     def _forget(self) -> None:
         self._batches, self._losses = [], []
 
 
 def first_broken(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> str | None:
-    """Run a batch again; which module first gives an output that is not finite, or gets such a gradient for it."""
+    """Run a batch again; which module first gives an output that is not finite, or gets such a gradient for it, or
+    which parameter gets one."""
     found: list[str] = []
 
     def check(tensor: torch.Tensor, what: str) -> None:
@@ -109,10 +111,16 @@ def first_broken(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> str |
     handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
     try:
         with torch.enable_grad():
-            loss = model(*args, **kwargs)["loss"]
+            output = model(*args, **kwargs)
+            loss = output.get("loss")
+            loss = output["logits"].float().mean() if loss is None else loss
             check(loss, "the loss")
             if not found:
-                torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
+                learnt = {name: p for name, p in model.named_parameters() if p.requires_grad}
+                grads = torch.autograd.grad(loss, list(learnt.values()), allow_unused=True)
+                for name, grad in zip(learnt, grads, strict=True):
+                    if grad is not None:
+                        check(grad, f"the gradient of {name}")
     finally:
         for handle in handles:
             handle.remove()

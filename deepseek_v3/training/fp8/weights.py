@@ -1,9 +1,11 @@
 """Codes of a master weight, made once an optimizer step and shared by micro-batches and recomputation.
 
-A weight has changed when the parameter, its memory or its version is another, or when any optimizer has made a step:
-an optimizer that writes through `.data` or through a pointer leaves no trace in the version.
+A weight has changed when the tensor, its memory or its version is another, or when any optimizer has made a step:
+an optimizer that writes through `.data` or through a pointer leaves no trace in the version. A module's weights may be
+computed anew for each forward (adapters on parameters do so): each product has one place, whose last codes go.
 """
 
+import weakref
 from typing import Any, NamedTuple
 
 import torch
@@ -37,7 +39,7 @@ class WeightCodes:
     """The codes of a module's weights, dropped by whatever copies or moves the module."""
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[int, ...], tuple[Any, Codes]] = {}
+        self._kept: dict[tuple[torch.Size, ...], tuple[Any, list[Any], Codes]] = {}
 
     def __deepcopy__(self, memo: Any) -> "WeightCodes":
         return WeightCodes()
@@ -60,16 +62,18 @@ class WeightCodes:
             scale_fmt: as of `quantize_weight`. statistics: counts what is lost.
             transposed: whether the input gradient's form is needed.
         """
-        key = tuple((id(w), w.data_ptr(), w._version, w.device, w.dtype) for w in weights), _steps, scale_fmt
-        name = tuple(id(w) for w in weights)
-        kept = self._kept.get(name)
-        if kept is None or kept[0] != key:
+        key = tuple((w.data_ptr(), w._version, w.device, w.dtype) for w in weights), _steps, scale_fmt
+        place = tuple(w.shape for w in weights)  # no two products of a module have the same
+        kept_key, kept_weights, made = self._kept.get(place, (None, [], None))
+        # A tensor that is gone may have left its address and its id to another.
+        same = kept_key == key and all(ref() is w for ref, w in zip(kept_weights, weights, strict=True))
+        if made is None or not same:
             stacked = weights[0].detach() if len(weights) == 1 else torch.cat([w.detach() for w in weights])
             codes, scale = quantize_weight(stacked, scale_fmt=scale_fmt)
             statistics.count("weight", stacked, codes)
-            kept = key, Codes(codes, scale, None, None)
-        if transposed and kept[1].codes_t is None:
-            codes, scale = kept[1].codes, kept[1].scale
-            kept = key, Codes(codes, scale, transpose_codes(codes), scale.transpose(-1, -2).contiguous())
-        self._kept[name] = kept
-        return kept[1]
+            made = Codes(codes, scale, None, None)
+        if transposed and made.codes_t is None:
+            codes, scale = made.codes, made.scale
+            made = Codes(codes, scale, transpose_codes(codes), scale.transpose(-1, -2).contiguous())
+        self._kept[place] = key, [weakref.ref(w) for w in weights], made
+        return made
