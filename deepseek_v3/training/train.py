@@ -179,7 +179,7 @@ def make_trainer(settings: TrainSettings, model: Any, tokenizer: Any, texts: Tex
         "train_dataset": dataset,
         "eval_dataset": _blocks(settings, held_out, tokenizer, "held-out text") if held_out else None,
         "processing_class": tokenizer,
-        "callbacks": _callbacks(settings, dataset, schedule and schedule.sizes),
+        "callbacks": _callbacks(settings, dataset, None if schedule is None else schedule.sizes),
         "held_out": held_out,
     }
     if settings.optimizer == "adamw-bf16":
