@@ -159,15 +159,15 @@ def _sides(checkpoint: Checkpoint, fallback: dict[str, Any]) -> dict[str, Side]:
         scale = views.get(name + SCALE_SUFFIX) if stored.dtype == "F8_E4M3" else None
         if stored.dtype == "F8_E4M3" and scale is None:
             problem = "the scale of this matrix is missing"
-            place = stored.tiles[0].file if stored.tiles else checkpoint.folder
-            raise CheckpointError(problem, file=place, tensor=name, remedy="download it again")
+            where = stored.tiles[0].file if stored.tiles else str(checkpoint.folder)
+            raise CheckpointError(problem, file=where, tensor=name, remedy="download it again")
         if scale is not None and (scale.rows, scale.columns) != (
             -(-stored.rows // _BLOCK),
             -(-stored.columns // _BLOCK),
         ):
             problem = f"scales of shape {list(scale.shape)} do not fit a matrix of shape {list(stored.shape)}"
-            place = scale.tiles[0].file if scale.tiles else checkpoint.folder
-            raise CheckpointError(problem, file=place, tensor=name, remedy="download it again")
+            where = scale.tiles[0].file if scale.tiles else str(checkpoint.folder)
+            raise CheckpointError(problem, file=where, tensor=name, remedy="download it again")
         sides[name] = Side(stored, scale)
     return sides
 
