@@ -193,13 +193,18 @@ def test_lora_over_kept_fp8_learns(compute, fp8_folder, batch):
 
 
 @pytest.mark.parametrize("compute", ["weight_only", "dynamic"])
-def test_lora_on_the_experts_is_added_to_the_matrices_not_to_the_codes(compute, kept, plain, batch):
+def test_lora_on_the_experts_is_added_to_the_matrices_not_to_the_codes(compute, fp8_folder, kept, plain, batch):
     config = LoraConfig(
         r=2, target_modules=["o_proj"], target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     )
     for module in kept.modules():
         if isinstance(module, FP8Linear | FP8Experts):
             module.compute = compute
+    if compute == "weight_only":
+        # In BF16 an adapter beside a plain stack rounds otherwise than one added to a matrix, which alone moves a
+        # token to another expert.
+        kept.to(torch.float32)
+        plain = load(fp8_folder, quantization_config=FP8Config(keep=False), dtype=torch.float32)
     models = [get_peft_model(model, config) for model in (kept, plain)]
     generator = torch.Generator().manual_seed(4)
     named = [dict(model.named_parameters()) for model in models]
@@ -210,9 +215,8 @@ def test_lora_on_the_experts_is_added_to_the_matrices_not_to_the_codes(compute, 
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
                 named[0][name].copy_(parameter)
     losses = [model(**batch, labels=batch["input_ids"]) for model in models]
-    # A rounded activation sends some tokens to other experts, whose adapters differ: 0.963 was measured. Over codes the
-    # adapter is added to the matrix, over plain weights it stands beside it, rounded otherwise: 0.9958.
-    least = 0.99 if compute == "weight_only" else 0.95
+    # A rounded activation sends some tokens to other experts, whose adapters differ: 0.963 was measured.
+    least = 0.9999 if compute == "weight_only" else 0.95
     assert cosine(losses[1].logits, before) < 0.9
     assert cosine(losses[0].logits, losses[1].logits) > least
     for loss in losses:

@@ -7,8 +7,6 @@ shares nothing with the tests' own process.
 import faulthandler
 import multiprocessing
 import os
-import sys
-import traceback
 
 import torch
 
@@ -53,9 +51,4 @@ def _call(call, args, log, names, threads):
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     faulthandler.enable()
-    try:
-        call(*args)
-    except Exception:
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)
+    call(*args)
