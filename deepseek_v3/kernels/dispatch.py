@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
+from torch import library
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +26,7 @@ Reasons = dict[str, str | None]
 OPERATIONS: dict[str, Callable[[torch.device], Reasons]] = {}
 
 # One library for every launch, so that torch.compile and CUDA graphs see each as one node.
-LIBRARY = torch.library.Library("deepseek_v3", "DEF")
+LIBRARY = library.Library("deepseek_v3", "DEF")
 
 
 # What an operation's arguments are where nothing looks on: no fake, sharded or wrapped tensor, no symbolic size.
@@ -73,7 +74,7 @@ def define(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
         name = LIBRARY.define(schema)
         run = guarded(function)
         LIBRARY.impl(name, run, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"deepseek_v3::{name}", fake, lib=LIBRARY)
+        library.register_fake(f"deepseek_v3::{name}", fake, lib=LIBRARY)
         dispatched = getattr(torch.ops.deepseek_v3, name).default
         setattr(ops, name, lambda *arguments: (run if unwatched(arguments) else dispatched)(*arguments))
         return function

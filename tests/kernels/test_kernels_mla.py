@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.library import opcheck
 
 from deepseek_v3 import kernels
 from deepseek_v3.kernels import dispatch, mla_decode, quantize_activation
@@ -299,7 +300,7 @@ def test_compiles_to_one_node(target):
     assert torch.equal(compiled[0], call(*inputs)[0])
     nodes = [node for node in graphs[0].graph.nodes if node.op == "call_function" and "mla_decode" in str(node.target)]
     assert len(nodes) == 1
-    torch.library.opcheck(
+    opcheck(
         torch.ops.deepseek_v3.mla_decode.default,
         (*inputs, 0.3, None, None, None, None, target.backend),
         test_utils=("test_schema", "test_faketensor"),

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.library import opcheck
 
 from deepseek_v3.kernels import absorb_outputs, absorb_queries, norm_and_write, rope_angles
 
@@ -137,7 +138,7 @@ def test_operations_have_fakes(target):
         ops.absorb_queries: (q, weight, cos, sin, True, b),
         ops.absorb_outputs: (q.new_ones(2, 3, 2, 32), weight, 8, b),
     }.items():  # fmt: skip
-        torch.library.opcheck(operation.default, arguments, test_utils=("test_schema", "test_faketensor"))
+        opcheck(operation.default, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 def cache_of(x):
