@@ -1,7 +1,8 @@
 """Tile shapes of the matrix products and of the attention kernel: the fixed ones, and lists to choose from by timing.
 
 The fixed ones come from runs on an H200 and an H100. The lists are by architecture: "hopper" for that and later, with
-asynchronous products and 227 KiB of shared memory a program, "ampere" for cards before it, with 99 KiB or a little more.
+asynchronous products and 227 KiB of shared memory a program, "ampere" for cards before it, with 99 KiB or a little
+more.
 """
 
 from collections.abc import Callable
