@@ -92,19 +92,20 @@ class Drafter:
         cache: the call's cache; the modules' layers come after the main model's.
         rows: where the rows stand.
         deepest: drafts a step at most.
+        idle: tokens that a row may get while nothing is drafted before the modules run over them all at once.
     """
 
-    def __init__(self, model: Any, cache: LatentCache, rows: Rows, deepest: int) -> None:
+    def __init__(self, model: Any, cache: LatentCache, rows: Rows, deepest: int, idle: int = 0) -> None:
         self.model, self.cache, self.rows = model, cache, rows
         self.first_layer = model.config.num_hidden_layers
         self.modules = min(max(deepest, 1), model.config.num_nextn_predict_layers)
-        self.window = deepest + self.modules  # rows of each module that are run again
+        self.window = deepest + self.modules + idle  # rows of each module that are run again at most
         self.embed = model.get_input_embeddings()
         self.states = self.embeddings = torch.empty(0)  # [B, window, D], of slots n - window .. n - 1 and one later
         self.fresh = torch.empty(0)  # [B, deepest + 1, D], states of slots n .. n + deepest, not all of them valid
         # [B, 1 + deepest + 1]: how many tokens a row was given beyond slot n and not moved on by, and the tokens.
         self.settled = rows.n.new_zeros(len(rows.index), deepest + 2)
-        self.missed = self.window  # tokens that a row was given at most since the modules ran
+        self.missed = deepest + self.modules  # tokens that a row was given at most since the modules ran
 
     def start(self, states: torch.Tensor, embeddings: torch.Tensor, past: int) -> None:
         """Run the modules over the prompt, as far as its tokens are known.

@@ -58,7 +58,9 @@ class SpeculativeDecoder:
         self.past = int(cache.get_seq_length())
         self.rows = Rows(prompt_mask, prompt_positions, self.past)
         self.policy = make_depth(depth, model, len(input_ids))
-        self.drafter = Drafter(model, cache, self.rows, self.policy.deepest)
+        # A graph runs as many rows as it was made for, and a fixed cache has no slots to spare.
+        idle = self.policy.idle if cache.graphs is None and cache.max_cache_len is None else 0
+        self.drafter = Drafter(model, cache, self.rows, self.policy.deepest, idle)
         batch = len(input_ids)
         self.scorer, self.stopper = RowScorer(processors, batch), RowStopper(criteria, batch)
         self.recorder = Recorder(config, batch)

@@ -75,6 +75,8 @@ class GenerateMtpOutput(GenerateDecoderOnlyOutput):
 class FixedDepth:
     """Drafts `depth` tokens in every step."""
 
+    idle = 0
+
     def __init__(self, depth: int) -> None:
         self.deepest = depth
 
@@ -98,6 +100,8 @@ class AutoDepth:
     costs change as the text does, and as rows end. The tokens of a step come from the acceptance by depth, this call's
     and, as `memory` drafts at most, that of calls before it; its cost from the fastest of its latest trials.
     """
+
+    idle = 32  # tokens a row that the modules may fall behind while nothing is drafted
 
     def __init__(self, deepest: int = 4, trials: int = 4, patience: int = 64, memory: int = 128) -> None:
         self.deepest, self.trials, self.patience, self.memory = deepest, trials, patience, memory

@@ -153,10 +153,11 @@ def test_a_compiled_model_drafts_and_verifies(cache, fresh_compiler):
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
-@pytest.mark.parametrize("replayed", [False, True])
+@pytest.mark.parametrize("replayed, idle", [(False, 0), (True, 0), (True, 32), (False, 6), (False, 32)])
 @pytest.mark.parametrize("depths", [1, 2])
-def test_modules_miss_no_row_while_nothing_is_drafted(depths, replayed, log, monkeypatch):
+def test_modules_miss_no_row_while_nothing_is_drafted(depths, replayed, idle, log, monkeypatch):
     """Their caches after plain steps are those after drafting ones: drafts made later see the whole text."""
+    monkeypatch.setattr(statistics.FixedDepth, "idle", idle)
     own = small(num_nextn_predict_layers=depths)
     prompt, mask = batch("left")
     kwargs = {"attention_mask": mask, "max_new_tokens": 23, "do_sample": False, "eos_token_id": None}
