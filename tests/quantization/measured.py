@@ -1,6 +1,7 @@
 """Run in a process of its own: load and save folders and print the peaks of resident memory beyond what was there.
 
-Usage: python measured.py ROOT, a folder with fp8, bf16 and small (FP8) in it; prints one JSON object, a case each.
+Usage: python measured.py ROOT, a folder with fp8, bf16, fused-fp8, fused-bf16 and small (FP8) in it; prints one JSON
+object, a case each.
 """
 
 import ctypes
@@ -30,9 +31,16 @@ CASES = {
     "kept, on disk": ("fp8", "kept", True),
     "dequantised, on disk": ("fp8", "dequantised", True),
     "bf16, on disk": ("bf16", "bf16", True),
+    "fused, kept": ("fused-fp8", "kept", False),
+    "fused, dequantised": ("fused-fp8", "dequantised", False),
+    "fused, bf16": ("fused-bf16", "bf16", False),
+    "fused, kept, on disk": ("fused-fp8", "kept", True),
+    "fused, dequantised, on disk": ("fused-fp8", "dequantised", True),
+    "fused, bf16, on disk": ("fused-bf16", "bf16", True),
     "nf4 of bf16": ("bf16", "nf4", False),
     "nf4 of fp8": ("fp8", "nf4", False),
     "int8 of bf16": ("bf16", "int8", False),
+    "nf4 of fused fp8": ("fused-fp8", "nf4", False),
 }
 
 
