@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from measured import CASES, SAVED_SHARD, load
+from measured import CASES, GPU_CASES, SAVED_SHARD, load
 
 from deepseek_v3.configuration import preset
 from deepseek_v3.conversion import convert, write_checkpoint
@@ -40,9 +40,14 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def measured(root):
-    environment = {**os.environ, "PYTHONPATH": str(HERE.parents[1]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, HERE / "measured.py", root]
-    output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    return run(root)
+
+
+def run(*arguments):
+    paths = [str(HERE.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, HERE / "measured.py", *arguments]
+    output = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
     return json.loads(output.splitlines()[-1])
 
 
@@ -72,3 +77,13 @@ def test_saving_as_fp8_needs_less_than_two_shards_beside_the_model(root, measure
     assert len(files) > 4 and sum(files) > 125e6 and max(files) < SAVED_SHARD * 1.01
     # One matrix as float32 and its parts, and what the allocator holds on to.
     assert measured["save"]["peak"] < 2 * SAVED_SHARD, measured["save"]
+
+
+@pytest.mark.gpu
+def test_beside_a_gpu_the_host_holds_its_layers_and_two_shards(root):
+    for case, found in run(root, "cuda").items():
+        files, (_, how, place) = sizes(root / GPU_CASES[case][0]), GPU_CASES[case]
+        least, most = SHARES[how]
+        assert least * sum(files) < found["on the GPU"] + found["beside it"] < most * sum(files), (case, found)
+        assert (found["beside it"] > 0.4 * sum(files)) == (place == "half beside it"), (case, found)
+        assert found["peak"] < found["beside it"] + 2 * max(files), (case, found)
