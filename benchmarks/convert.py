@@ -10,22 +10,24 @@ not grow with the checkpoint. Correctness comes first; a row that is wrong print
 """
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import torch
 from safetensors import safe_open
 
+from benchmarks.common import machine
 from deepseek_v3.configuration.presets import PRESETS
 from deepseek_v3.conversion import compare, convert, open_checkpoint, write_checkpoint
 
@@ -167,19 +169,6 @@ def measure(case: str, root: Path, options: argparse.Namespace) -> Row:
     return row
 
 
-def machine(cold: bool) -> dict[str, Any]:
-    """Where and when."""
-    cores, load_average = len(os.sched_getaffinity(0)), os.getloadavg()[0]
-    return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "platform": platform.platform(),
-        "cores": cores,
-        "load_average": round(load_average, 2),
-        "torch": torch.__version__,
-        "cold_caches": cold,
-    }
-
-
 def table(rows: list[Row]) -> str:
     """Aligned rows; a wrong one says so and nothing else."""
     lines: list[tuple[str, ...]] = [
@@ -209,8 +198,9 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="where to work (default: the system's temporary folder)")
     parser.add_argument("--output", type=Path, help="write the JSON line to this file as well")
     options = parser.parse_args()
-    about = machine(drop_caches())
-    print("  ".join(f"{key} {value}" for key, value in about.items()))
+    where, load_average, cold = machine(), os.getloadavg()[0], drop_caches()
+    print(" · ".join(f"{key} {value}" for key, value in where.items() if value is not None))
+    print(f"load average {load_average:.2f}, caches {'cold' if cold else 'warm'} before each timing")
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="convert-") as folder:
         root = Path(folder)
         config = {**PRESETS["deepseek-v3"], "n_routed_experts": options.experts, "vocab_size": 2048}
@@ -231,7 +221,9 @@ def main() -> int:
     }
     result = {
         "benchmark": "convert",
-        **about,
+        "machine": where,
+        "load_average": round(load_average, 2),
+        "cold_caches": cold,
         **settings,
         "rows": [asdict(row) for row in rows],
     }

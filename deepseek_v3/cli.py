@@ -42,7 +42,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from .registration import register
 
             register()
-        return args.func(args)
+        code: int = args.func(args)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # Whoever reads (head, a pager) has seen enough; what is still to be written goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (ValueError, OSError) as error:
         line = " ".join(str(error).split())
         print(f"deepseek-v3 {args.command}: {line}", file=sys.stderr)

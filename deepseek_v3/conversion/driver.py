@@ -208,6 +208,8 @@ def _write(
         raise
     except OSError as error:
         remove_partials(held.folder)
+        if isinstance(error, BrokenPipeError):  # whoever read the progress lines is gone; the disk is fine
+            raise
         raise storage_error(error, held.folder) from error
     except BaseException:
         remove_partials(held.folder)

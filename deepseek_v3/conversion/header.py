@@ -24,6 +24,7 @@ ITEM_BYTES = {
     **dict.fromkeys(("U32", "I32", "F32"), 4),
     **dict.fromkeys(("U64", "I64", "F64", "C64"), 8),
 }
+_PICKLED = (b"PK\x03\x04", *(bytes((0x80, protocol)) for protocol in range(2, 6)))
 _RESAVE = "save it again as safetensors (model.save_pretrained writes them); pickles are never opened"
 _DAMAGED = "the file is damaged or cut short: copy or download it again"
 
@@ -152,8 +153,9 @@ def read_header(path: str | os.PathLike[str]) -> Header:
 
 
 def _header_bytes(fd: int, file_bytes: int, path: str) -> tuple[bytes, int]:
-    head = os.pread(fd, 8, 0)
-    if head[:4] == b"PK\x03\x04" or (head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")):
+    head, brace = os.pread(fd, 8, 0), os.pread(fd, 1, 8)
+    # A header's length may begin with the same bytes.
+    if brace != b"{" and head.startswith(_PICKLED):
         raise CheckpointError("is a pickle, not safetensors", file=path, remedy=_RESAVE)
     if len(head) < 8:
         raise CheckpointError(f"{file_bytes} bytes are no safetensors file", file=path, remedy=_DAMAGED)

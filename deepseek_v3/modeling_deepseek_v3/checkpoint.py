@@ -156,6 +156,7 @@ class LoadingMixin:
                 `scale_fmt` cannot hold; `quantize` for a model with adapters, or for one spread over processes.
         """
         save, model = super().save_pretrained, cast(Any, self)  # type: ignore[misc]
+        _drop_local_code(self.config)
         if quantize is not None or scale_fmt is not None or original is not None:
             whole = model.state_dict() if state_dict is None else state_dict
             weights = Weights(
@@ -178,6 +179,15 @@ class LoadingMixin:
         model = cast(Any, self)
         if keeps_fp8(model):
             model.hf_quantizer.state_dict_to_save = state_dict
+
+
+def _drop_local_code(config: Any) -> None:
+    """Take out of auto_map what lies beside the config.json that was read, and will not lie beside the new one."""
+    auto_map = {key: name for key, name in (getattr(config, "auto_map", None) or {}).items() if "--" in str(name)}
+    if auto_map:
+        config.auto_map = auto_map
+    elif hasattr(config, "auto_map"):
+        del config.auto_map
 
 
 def _settle_mtp(model: Any, loading_info: Any) -> None:

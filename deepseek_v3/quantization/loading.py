@@ -2,12 +2,14 @@
 
 Special about it: transformers reads every expert's tensors ahead and then stacks and joins them, two copies of a
 layer and as many layers ahead as the disk is faster than the copies. Here an expert's tensor is read, and where asked
-dequantised, straight into its place in the fused parameter.
+dequantised, straight into its place in the fused parameter; a stack of files that are fused already is read in the
+same way, expert by expert.
 
 Letters: E routed experts, F expert width, D hidden.
 """
 
 import json
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -23,14 +25,14 @@ from .config import FP8Config, request
 from .fitting import check_fit
 from .offload import READERS, OffloadedStacks
 from .quantizer import DeepseekFP8Quantizer
-from .stored import DTYPE_NAMES, SCALE_SUFFIX, CheckpointTensors, Deferred, DequantizedTensor, StoredTensor
+from .stored import SCALE_SUFFIX, TORCH_DTYPES, CheckpointTensors, Deferred, DequantizedTensor, StoredTensor
 
 _EXPERTS = "mlp.experts."
-_TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+_STACK = re.compile(rf"{re.escape(_EXPERTS)}(gate_up|down)_proj({SCALE_SUFFIX})?$")
 
 
 class FuseExperts(ConversionOps):
-    """Per-expert tensors into one [E, rows, columns] parameter, the parts (gate, up) one below the other."""
+    """Per-expert tensors into one [E, rows, columns] parameter, the parts (gate, up, or both) one below the other."""
 
     def __init__(self, errors: list[ValueError], offloaded: OffloadedStacks) -> None:
         self.errors, self.offloaded = errors, offloaded
@@ -53,9 +55,12 @@ class FuseExperts(ConversionOps):
             parts = [input_dict.pop(pattern, []) for pattern in source_patterns]
             like = model.get_parameter_or_buffer(full_layer_name)
             if self.offloaded.takes(full_layer_name):
-                rows = Rows(parts, _part_shape(parts, like))
-                self.offloaded.write(full_layer_name, like.shape, _dtype(parts), rows.__getitem__)
                 missing_keys.discard(full_layer_name)
+                rows = Rows(parts, _part_shape(parts, like))
+                if self.offloaded.in_files and parts[0][0].stored.expert is not None:
+                    _check_in_place(rows, full_layer_name)
+                else:
+                    self.offloaded.write(full_layer_name, like.shape, _dtype(parts), rows.__getitem__)
                 return {}
             return {target_patterns[0]: _fuse(parts, like)}
         except ValueError as error:
@@ -106,12 +111,19 @@ def _part_shape(parts: list[list[Deferred]], like: torch.Tensor) -> list[int]:
     return [like.shape[1] // len(parts), like.shape[2]]
 
 
+def _check_in_place(rows: Rows, name: str) -> None:
+    """A stack that accelerate will read from the checkpoint's own file: scales are looked at, nothing is copied."""
+    if name.endswith(SCALE_SUFFIX):
+        for expert in range(len(rows.parts[0])):
+            rows[expert]
+
+
 def _dtype(parts: list[list[Deferred]]) -> torch.dtype:
     """What the stack is made of: scales stay float32 whatever the model is cast to."""
     first = parts[0][0]
     if first.stored.name.endswith(SCALE_SUFFIX):
         return torch.float32
-    return first.dtype or _TORCH_DTYPES[first.get_dtype()]
+    return first.dtype or TORCH_DTYPES[first.get_dtype()]
 
 
 def _fuse(parts: list[list[Deferred]], like: torch.Tensor) -> torch.Tensor:
@@ -144,14 +156,24 @@ def _streamed(
     mapping, readers = [], []
     for entry in load_config.weight_mapping or []:
         if isinstance(entry, WeightConverter) and _EXPERTS in entry.target_patterns[0]:
-            entry = entry.copy(entry._original_source_patterns, entry._original_target_patterns, operations=[fuse])
-            readers.append(entry)
-        mapping.append(entry)
+            targets = entry._original_target_patterns
+            stacked = [targets[0].replace(_EXPERTS, f"{_EXPERTS}*.stacked.")]
+            ours = [entry.copy(s, targets, operations=[fuse]) for s in (entry._original_source_patterns, stacked)]
+            readers += ours
+            mapping += ours
+        else:
+            mapping.append(entry)
     state_dict: dict[str, Any] = {}
     for name in checkpoint:
         if name.endswith(SCALE_SUFFIX) and name.removesuffix(SCALE_SUFFIX) in dequantized:
             continue
-        stored = (DequantizedTensor if name in dequantized else StoredTensor)(checkpoint, name)
+        kind = DequantizedTensor if name in dequantized else StoredTensor
+        if _STACK.search(name):
+            before, after = name.split(_EXPERTS)
+            for expert in range(checkpoint.shape(name)[0]):
+                state_dict[f"{before}{_EXPERTS}{expert}.stacked.{after}"] = Deferred(kind(checkpoint, name, expert))
+            continue
+        stored = kind(checkpoint, name)
         fused = any(entry.rename_source_key(name)[1] is not None for entry in readers)
         state_dict[name] = Deferred(stored) if fused else stored
     return state_dict, replace(load_config, weight_mapping=mapping)
@@ -192,12 +214,13 @@ def load_streamed(
         )
     check_fit(model, checkpoint, resize=load_config.ignore_mismatched_sizes)
     errors: list[ValueError] = []
-    offloaded = OffloadedStacks(load_config.device_map, load_config.disk_offload_folder)
+    # Where a tensor is not what the file holds, an offloaded one must not be read from that file.
+    in_files = None if codes else files
+    offloaded = OffloadedStacks(load_config.device_map, load_config.disk_offload_folder, in_files=bool(in_files))
     fuse = (PackExperts if packs else FuseExperts)(errors, offloaded)
     tensors, load_config = _streamed(checkpoint, codes, load_config, fuse)
     try:
-        # Where a tensor is not what the file holds, an offloaded one must not be read from that file.
-        info, index = loader(model, tensors, None if codes else files, load_config, expected_keys)
+        info, index = loader(model, tensors, in_files, load_config, expected_keys)
     except Exception as error:
         # The loader goes on after a converter's error and may stumble over what comes of it.
         if errors:

@@ -27,10 +27,11 @@ class OffloadedStacks:
     Args:
         device_map: transformers', None for none.
         folder: the `offload_folder`, None for none: then nothing is offloaded here, and transformers says what to do.
+        in_files: whether accelerate reads what is stored as the model wants it from the checkpoint's own files.
     """
 
-    def __init__(self, device_map: Any, folder: str | None) -> None:
-        self.device_map, self.folder = device_map, folder
+    def __init__(self, device_map: Any, folder: str | None, *, in_files: bool) -> None:
+        self.device_map, self.folder, self.in_files = device_map, folder, in_files
         # What accelerate is to know of each: where it lies, and its dtype.
         self.index: dict[str, dict[str, str]] = {}
 

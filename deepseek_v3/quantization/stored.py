@@ -10,24 +10,26 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from ..configuration.layout import scale_shape
 from ..conversion.errors import CheckpointError
-from ..conversion.header import read_header
+from ..conversion.header import TensorInfo, open_regular, read_header
 from ..kernels import dequantize_weight
 
 SCALE_SUFFIX = "_scale_inv"
 FP8, FP8_NAME = torch.float8_e4m3fn, "F8_E4M3"
 # What weights may be in memory, as safetensors spells it.
 DTYPE_NAMES = {FP8: FP8_NAME, torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+# What the files may hold of a model.
+TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+TORCH_DTYPES |= {"F64": torch.float64, "F8_E8M0": torch.float8_e8m0fnu}
 _SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0")
 _AGAIN = "download the file again, or convert the checkpoint anew"
 _REMEDY = f"{_AGAIN[0].upper()}{_AGAIN[1:]}"
 
 
 class CheckpointTensors:
-    """The tensors of safetensors files by name, opened lazily. Close it when the weights are loaded.
+    """The tensors of safetensors files by name, read when they are asked for. Close it when the weights are loaded.
 
     Args:
         files: paths of the files.
@@ -38,51 +40,62 @@ class CheckpointTensors:
 
     def __init__(self, files: list[str]) -> None:
         self._stack = ExitStack()
-        self._slices: dict[str, Any] = {}
-        self._files: dict[str, str] = {}
-        for file in files:
-            here = os.path.basename(file)
-            try:
-                # The library says neither which tensor nor what to do, and would wait for a pipe.
-                names = read_header(file).tensors
-                handle = self._stack.enter_context(safe_open(file, framework="pt", device="cpu", backend="pread"))
-            except SafetensorError as error:
-                self.close()
-                raise CheckpointError(f"is no safetensors file ({error})", file=file, remedy=_AGAIN) from error
-            except CheckpointError:
-                self.close()
-                raise
-            for name in names:
-                if name in self._files:
-                    self.close()
-                    problem = f"stands in {self._files[name]} as well"
-                    raise CheckpointError(problem, file=file, tensor=name, remedy="remove one of the two")
-                self._slices[name], self._files[name] = handle.get_slice(name), here
+        self._infos: dict[str, TensorInfo] = {}
+        self._descriptors: dict[str, int] = {}
+        try:
+            for file in files:
+                self._add(os.fspath(file))
+        except CheckpointError:
+            self.close()
+            raise
+
+    def _add(self, file: str) -> None:
+        for name, info in read_header(file).tensors.items():
+            if name in self._infos:
+                problem = f"stands in {self.file(name)} as well"
+                raise CheckpointError(problem, file=file, tensor=name, remedy="remove one of the two")
+            self._infos[name] = info
+        self._descriptors[file] = open_regular(file)[0]
+        self._stack.callback(os.close, self._descriptors[file])
 
     def __iter__(self) -> Any:
-        return iter(self._slices)
+        return iter(self._infos)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._slices
+        return name in self._infos
 
     def file(self, name: str) -> str:
         """The name of the file that holds the tensor."""
-        return self._files[name]
+        return os.path.basename(self._infos[name].file)
 
     def dtype(self, name: str) -> str:
         """The dtype as safetensors spells it, "F8_E4M3" for codes."""
-        return self._slices[name].get_dtype()
+        return self._infos[name].dtype
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._slices[name].get_shape())
+        return self._infos[name].shape
 
-    def read(self, name: str) -> torch.Tensor:
-        """The tensor, in memory of its own."""
-        return self._slices[name][...]
+    def read(self, name: str, expert: int | None = None) -> torch.Tensor:
+        """The tensor, or one expert's matrix of a stack, in memory of its own.
+
+        Raises:
+            CheckpointError: the file was cut short since it was opened.
+        """
+        info = self._infos[name]
+        shape, size = (info.shape, info.nbytes) if expert is None else (info.shape[1:], info.nbytes // info.shape[0])
+        # safetensors would read a whole stack for one of its matrices, and every tensor into memory twice.
+        tensor = torch.empty(shape, dtype=TORCH_DTYPES[info.dtype])
+        rest, offset = tensor.reshape(-1).view(torch.uint8).numpy().data, info.offset + (expert or 0) * size
+        while rest:
+            done = os.preadv(self._descriptors[info.file], [rest], offset)
+            if not done:
+                raise CheckpointError("ends in the middle", file=info.file, tensor=name, remedy=_AGAIN)
+            rest, offset = rest[done:], offset + done
+        return tensor
 
     def close(self) -> None:
         """Close the files."""
-        self._slices.clear()
+        self._infos.clear()
         self._stack.close()
 
     def fp8_weights(self) -> set[str]:
@@ -101,34 +114,44 @@ class CheckpointTensors:
             if name.removesuffix(SCALE_SUFFIX) not in codes:
                 owner = name.removesuffix(SCALE_SUFFIX)
                 problem = f"{self.dtype(owner)} and no FP8 codes" if owner in self else "not in the checkpoint"
-                raise ValueError(
-                    f"{name} ({self._files[name]}) is the scale of {owner}, which is {problem}. {_REMEDY}"
-                )
+                raise ValueError(f"{name} ({self.file(name)}) is the scale of {owner}, which is {problem}. {_REMEDY}")
         return codes
 
     def _check_pair(self, name: str) -> None:
-        scale, shape, here = name + SCALE_SUFFIX, self.shape(name), self._files[name]
+        scale, shape, here = name + SCALE_SUFFIX, self.shape(name), self.file(name)
         if self.dtype(name) != FP8_NAME:
             raise ValueError(f"{name} ({here}) is {self.dtype(name)}; only {FP8_NAME} can be loaded. {_REMEDY}")
         if scale not in self:
             raise ValueError(f"{name} ({here}) holds FP8 codes and its scale {scale} is in no file. {_REMEDY}")
-        found, where = self.shape(scale), self._files[scale]
-        if len(shape) == 2 and found != scale_shape(*shape):
+        found, where = self.shape(scale), self.file(scale)
+        fitting = _scale_shapes(name, shape)
+        if found not in fitting:
+            needed = " or ".join(str(list(one)) for one in fitting) or "two or three dimensions"
             raise ValueError(
                 f"{scale} ({where}) has shape {list(found)}; the weight {list(shape)} in 128 x 128 blocks needs "
-                f"{list(scale_shape(*shape))}. {_REMEDY}"
+                f"{needed}. {_REMEDY}"
             )
         if self.dtype(scale) not in _SCALE_DTYPES:
             raise ValueError(f"{scale} ({where}) is {self.dtype(scale)}, which is no scale's dtype. {_REMEDY}")
 
 
-def read_scale(tensors: CheckpointTensors, name: str) -> torch.Tensor:
-    """A scale as float32, which holds every stored format exactly.
+def _scale_shapes(name: str, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """The shapes that fit: in a stack, gate and up have blocks of their own, or share one grid in some files."""
+    if len(shape) not in (2, 3):
+        return []
+    *experts, rows, columns = shape
+    parts = (2, 1) if len(shape) == 3 and name.endswith("gate_up_proj") else (1,)
+    grids = [(part, scale_shape(rows // part, columns)) for part in parts]
+    return list(dict.fromkeys((*experts, part * height, width) for part, (height, width) in grids))
+
+
+def read_scale(tensors: CheckpointTensors, name: str, expert: int | None = None) -> torch.Tensor:
+    """A scale, or one expert's, as float32, which holds every stored format exactly.
 
     Raises:
         ValueError: a value that is not finite and positive.
     """
-    scale = tensors.read(name).float()
+    scale = tensors.read(name, expert).float()
     if not bool((scale.isfinite() & (scale > 0)).all()):
         here = tensors.file(name)
         raise ValueError(f"{name} ({here}) holds a scale that is not finite and positive. {_REMEDY}")
@@ -136,13 +159,15 @@ def read_scale(tensors: CheckpointTensors, name: str) -> torch.Tensor:
 
 
 class StoredTensor:
-    """Stands for one tensor of the files in transformers' loader and is read when it is moved to its place."""
+    """Stands for one tensor of the files, or for one expert's matrix of a stack, in transformers' loader and is read
+    when it is moved to its place."""
 
-    def __init__(self, tensors: CheckpointTensors, name: str) -> None:
-        self._tensors, self.name = tensors, name
+    def __init__(self, tensors: CheckpointTensors, name: str, expert: int | None = None) -> None:
+        self._tensors, self.name, self.expert = tensors, name, expert
 
     def get_shape(self) -> list[int]:
-        return list(self._tensors.shape(self.name))
+        shape = list(self._tensors.shape(self.name))
+        return shape if self.expert is None else shape[1:]
 
     def get_dtype(self) -> str:
         return self._tensors.dtype(self.name)
@@ -164,8 +189,8 @@ class StoredTensor:
 
     def values(self, device: Any) -> torch.Tensor:
         if self.name.endswith(SCALE_SUFFIX):
-            return read_scale(self._tensors, self.name)
-        return self._tensors.read(self.name)
+            return read_scale(self._tensors, self.name, self.expert)
+        return self._tensors.read(self.name, self.expert)
 
 
 class DequantizedTensor(StoredTensor):
@@ -175,8 +200,8 @@ class DequantizedTensor(StoredTensor):
         return "BF16"
 
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> torch.Tensor:
-        codes = self._tensors.read(self.name).to(device)
-        scale = read_scale(self._tensors, self.name + SCALE_SUFFIX).to(codes.device)
+        codes = self._tensors.read(self.name, self.expert).to(device)
+        scale = read_scale(self._tensors, self.name + SCALE_SUFFIX, self.expert).to(codes.device)
         return dequantize_parts(codes, scale, dtype or torch.bfloat16)
 
 

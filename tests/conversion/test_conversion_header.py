@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import struct
 
 import pytest
@@ -159,6 +160,24 @@ def test_a_pickle_is_named_as_one(tmp_path):
     path = tmp_path / "model.safetensors"
     torch.save({"a": torch.zeros(2)}, path)
     refused(path, "pickle", "safetensors")
+
+
+def test_a_plain_pickle_is_named_as_one_too(tmp_path):
+    path = tmp_path / "model.safetensors"
+    for protocol in (2, 3, 4, 5):
+        path.write_bytes(pickle.dumps({"a": list(range(100))}, protocol))
+        refused(path, "pickle", "safetensors")
+
+
+def test_a_header_whose_length_looks_like_a_pickle_is_read(tmp_path):
+    """A pickle begins with 0x80 and its protocol, and so do these lengths; one file in two thousand has such a one."""
+    path = tmp_path / "a.safetensors"
+    for length in (0x0280, 0x0380, 0x0480, 0x0580, 0x10280):
+        text = json.dumps({"t": {"dtype": "U8", "shape": [3], "data_offsets": [0, 3]}}).encode().ljust(length)
+        path.write_bytes(struct.pack("<Q", length) + text + b"abc")
+        assert list(read_header(path).tensors) == ["t"]
+        with safe_open(path, framework="pt") as file:
+            assert file.get_tensor("t").tolist() == [97, 98, 99]
 
 
 @pytest.mark.parametrize("kind", ["fifo", "folder", "missing"])

@@ -259,6 +259,16 @@ def test_write_errors_of_every_kind(made, tmp_path, monkeypatch, code):
     assert not any(name.endswith(".partial") for name in os.listdir(tmp_path / "out"))
 
 
+def test_progress_that_nobody_reads_is_no_failed_write(made, tmp_path):
+    def gone(file, done, total):
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+    with pytest.raises(BrokenPipeError):
+        convert(made / "fp8", tmp_path / "out", "bf16", workers=0, progress=gone)
+    convert(made / "fp8", tmp_path / "out", "bf16", workers=0)
+    assert snapshot(tmp_path / "out") == snapshot(made / "bf16")
+
+
 def test_a_disk_that_is_full_before_the_first_note_is_written(made, tmp_path, monkeypatch, capsys):
     """One line and exit code 2, and no empty folder that the next run would have to be told about."""
     before, real = sealed(made / "fp8"), os.pwrite

@@ -83,3 +83,13 @@ def test_headers_of_the_official_size_are_read_in_about_a_second(published):
     assert "163 with 91991 tensors" in output and "sound" in output
     # 1.0 s was measured alone on one core; another process on it makes that up to two. transformers alone takes 4.
     assert seconds < 3, seconds
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(made):
+    for options in ((), ("--json",)):
+        command = [sys.executable, "-m", "deepseek_v3.cli", "inspect", str(made / "fp8"), *options]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        process.stdout.close()
+        assert process.communicate()[1] == b""
+        # As a program that the pipe's signal ends.
+        assert process.returncode == 141

@@ -263,3 +263,21 @@ def test_a_folder_that_names_these_classes_as_its_own_code_can_be_saved_again(tm
     loaded.save_pretrained(tmp_path / "b")
     assert not list((tmp_path / "b").glob("*.py"))
     assert_same(model, AutoModelForCausalLM.from_pretrained(tmp_path / "b"), tokens)
+
+
+@pytest.mark.parametrize("options", [{}, {"quantize": "fp8"}], ids=["plain", "fp8"])
+def test_a_saved_folder_names_no_code_that_it_does_not_hold(options, tmp_path):
+    """The published config.json names files that lie beside it; tools that trust remote code would look for them."""
+    model = make_model()
+    model.save_pretrained(tmp_path / "a")
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    remote = {"AutoModel": "someone/somewhere--modeling_deepseek.DeepseekV3Model"}
+    config["auto_map"] = {"AutoConfig": "configuration_deepseek.DeepseekV3Config", **remote}
+    (tmp_path / "a" / "config.json").write_text(json.dumps(config))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    loaded.save_pretrained(tmp_path / "b", **options)
+    assert json.loads((tmp_path / "b" / "config.json").read_text())["auto_map"] == remote
+    del config["auto_map"]["AutoModel"]
+    (tmp_path / "a" / "config.json").write_text(json.dumps(config))
+    AutoModelForCausalLM.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "c", **options)
+    assert "auto_map" not in json.loads((tmp_path / "c" / "config.json").read_text())

@@ -1,6 +1,7 @@
 """Run in a process of its own: load and save folders and print the peaks of resident memory beyond what was there.
 
-Usage: python measured.py ROOT, a folder with fp8, bf16 and small (FP8) in it; prints one JSON object, a case each.
+Usage: python measured.py ROOT [cuda], a folder with fp8, bf16, fused-fp8, fused-bf16 and small (FP8) in it; prints one
+JSON object, a case each: on the CPU and the disk, or on a GPU and beside it.
 """
 
 import ctypes
@@ -30,10 +31,25 @@ CASES = {
     "kept, on disk": ("fp8", "kept", True),
     "dequantised, on disk": ("fp8", "dequantised", True),
     "bf16, on disk": ("bf16", "bf16", True),
+    "fused, kept": ("fused-fp8", "kept", False),
+    "fused, dequantised": ("fused-fp8", "dequantised", False),
+    "fused, bf16": ("fused-bf16", "bf16", False),
+    "fused, kept, on disk": ("fused-fp8", "kept", True),
+    "fused, dequantised, on disk": ("fused-fp8", "dequantised", True),
+    "fused, bf16, on disk": ("fused-bf16", "bf16", True),
     "nf4 of bf16": ("bf16", "nf4", False),
     "nf4 of fp8": ("fp8", "nf4", False),
     "int8 of bf16": ("bf16", "int8", False),
+    "nf4 of fused fp8": ("fused-fp8", "nf4", False),
 }
+# For each way to load FP8 and BF16 files: all on the GPU, or some layers in the CPU's memory.
+GPU_CASES = {
+    f"{folder}, {how}, {place}": (folder, how, place)
+    for folder, how in (("fp8", "kept"), ("fp8", "dequantised"), ("bf16", "bf16"), ("fused-bf16", "bf16"))
+    for place in ("all on the GPU", "half beside it")
+}
+HALF = {"model.embed_tokens": 0, "model.norm": 0, "model.rotary_emb": 0, "lm_head": 0}
+HALF |= {"model.layers.0": 0, "model.layers.1": "cpu", "model.layers.2": 0}
 
 
 def status(field):
@@ -51,8 +67,8 @@ def peak_of(action):
     return result, status("VmHWM") - before
 
 
-def load(folder, how, offload=None):
-    kwargs = {"quantization_config": HOW[how], "device_map": "auto"}
+def load(folder, how, offload=None, device_map="auto"):
+    kwargs = {"quantization_config": HOW[how], "device_map": device_map}
     if offload:
         # All but the embedding and a dense layer: what is left in memory is next to nothing.
         limit = max(path.stat().st_size for path in folder.glob("*.safetensors"))
@@ -67,7 +83,25 @@ def save(root, folder, target, **options):
     return peak_of(lambda: model.save_pretrained(root / target, quantize="fp8", original=root / folder, **options))[1]
 
 
-def main(root):
+def measure_gpu(root):
+    results = {}
+    for how in ("kept", "dequantised", "bf16"):
+        load(root / "small", "kept" if how == "bf16" else how, device_map={"": 0})
+    for case, (folder, how, place) in GPU_CASES.items():
+        places = {"": 0} if place == "all on the GPU" else HALF
+        model, peak = peak_of(lambda: load(root / folder, how, device_map=places))  # noqa: B023
+        tensors = list(model.state_dict().values())
+        results[case] = {
+            "peak": peak,
+            "on the GPU": sum(tensor.nbytes for tensor in tensors if tensor.is_cuda),
+            # Brought to the GPU for each forward; the modules hold nothing meanwhile.
+            "beside it": sum(tensor.nbytes for tensor in tensors if tensor.is_meta),
+        }
+        del model, tensors
+    return results
+
+
+def measure(root):
     results = {}
     # What the first load and save of a kind import and allocate for good is not theirs.
     for how in HOW:
@@ -83,8 +117,8 @@ def main(root):
         del model, tensors
     save(root, "small", "saved-small")
     results["save"] = {"peak": save(root, "fp8", "saved", max_shard_size=SAVED_SHARD)}
-    print(json.dumps(results))
+    return results
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    print(json.dumps((measure_gpu if sys.argv[2:] == ["cuda"] else measure)(Path(sys.argv[1]))))

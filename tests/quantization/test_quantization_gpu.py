@@ -66,6 +66,35 @@ def test_fp8_is_kept_by_default_generates_and_is_saved_bit_for_bit(folder, caplo
     assert all(raw(saved[name]) == raw(source[name]) for name in source if "_proj" in name)
 
 
+# What a GPU has no room for lies in the CPU's memory or on the disk, and is computed on the GPU all the same.
+BESIDE = {"model.embed_tokens": 0, "model.norm": 0, "model.rotary_emb": 0, "lm_head": 0}
+BESIDE |= {"model.layers.0": 0, "model.layers.1": "cpu", "model.layers.2": "disk", "model.layers.3": "cpu"}
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("places", [BESIDE, "auto"], ids=["named", "auto"])
+def test_layers_beside_the_gpu_compute_and_are_saved_the_same(places, keep, folder, tmp_path):
+    wanted = {"quantization_config": FP8Config(keep=keep)}
+    whole = load(folder, device_map="cuda", **wanted)
+    room = {"max_memory": {0: int(0.6 * whole.get_memory_footprint()), "cpu": "8GB"}} if places == "auto" else {}
+    beside = load(folder, device_map=places, offload_folder=tmp_path / "offload", **room, **wanted)
+    assert {0, "cpu"} <= set(beside.hf_device_map.values())
+    assert any(p.is_meta for p in beside.parameters()) and any(p.is_cuda for p in beside.parameters())
+    tokens = torch.randint(3, 500, (2, 32), generator=torch.Generator().manual_seed(3)).cuda()
+    with torch.no_grad():
+        ours, expected = (m(tokens, output_mtp_logits=True) for m in (beside, whole))
+    assert torch.equal(ours.logits, expected.logits)
+    assert torch.equal(ours.mtp_logits[0], expected.mtp_logits[0])
+    settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 2}
+    for options in ({"disable_compile": True}, {"use_mtp": True, "num_assistant_tokens": 1, "disable_compile": True}):
+        decoded = [m.generate(tokens, **settings, **options) for m in (beside, whole)]
+        assert torch.equal(*decoded), options
+    for model, name in ((beside, "beside"), (whole, "whole")):
+        model.save_pretrained(tmp_path / name)
+    saved, expected = stored(tmp_path / "beside"), stored(tmp_path / "whole")
+    assert {name: raw(tensor) for name, tensor in saved.items()} == {n: raw(t) for n, t in expected.items()}
+
+
 def test_lora_over_kept_fp8_learns_on_the_gpu(folder):
     model = load(folder, device_map="cuda")
     targets = ["q_a_proj", "q_b_proj", "kv_b_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
