@@ -17,7 +17,7 @@ from transformers.utils.import_utils import is_torchdynamo_compiling
 
 from ..kernels import experts_step, is_step, route
 from ..quantization import fuse_official_names
-from ..quantization.adapted import Factors, Widened, from_under_adapters, frozen_experts, frozen_product
+from ..quantization.adapted import Factors, Stacks, Widened, from_under_adapters, frozen_experts, frozen_product
 from .layers import DeepseekV3MLP, is_bare, on_kernels
 
 
@@ -149,7 +149,7 @@ def sequence_balance_loss(
 
 
 @use_experts_implementation
-class _PlainExperts(nn.Module):
+class _PlainExperts(Stacks):
     """`DeepseekV3Experts` as its implementations know it: any of transformers', ours, or the "eager" one here."""
 
     def __init__(self, config: Any) -> None:

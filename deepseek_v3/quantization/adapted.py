@@ -55,6 +55,19 @@ class Widened(NamedTuple):
         return grouped_gemm(grad, *self.widen(grad.dtype), transposed=True)
 
 
+class Stacks(nn.Module):
+    """What every module of fused experts is: two stacks and no `weight`, which is said to whoever wants one."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":
+            raise AttributeError(
+                f"{type(self).__name__} holds its experts in the stacks gate_up_proj and down_proj, no matrix that "
+                "PEFT could start an adapter from (init_lora_weights='pissa', 'olora' and the like). Leave "
+                "init_lora_weights at True or 'gaussian', or adapt lora_target_modules(config, 'attention') alone"
+            )
+        return super().__getattr__(name)
+
+
 def adapters_on(module: nn.Module, name: str) -> list[Any]:
     """What PEFT's `target_parameters` has put on the parameter `name` for the time of a forward."""
     changed: Any = getattr(module, "parametrizations", {})

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..kernels import grouped_gemm
-from .adapted import Factors, Widened, adapters_on, frozen_experts, frozen_product
+from .adapted import Factors, Stacks, Widened, adapters_on, frozen_experts, frozen_product
 from .bnb_packing import Packing
 
 STACKS = ("gate_up_proj", "down_proj")
@@ -77,7 +77,7 @@ def stack_shapes(model: nn.Module) -> list[str]:
     return [name for name, parameter in model.named_parameters() if isinstance(parameter, StackShape)]
 
 
-class BnbExperts(nn.Module):
+class BnbExperts(Stacks):
     """E SwiGLU experts, packed.
 
     Attributes:

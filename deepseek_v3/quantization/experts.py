@@ -16,7 +16,7 @@ from torch import nn
 
 from ..configuration.layout import scale_shape
 from ..kernels import combine_pairs, gather_pairs, grouped_fp8_gemm, grouped_gemm, quantize_activation, sort_pairs
-from .adapted import Factors, frozen_experts, frozen_product
+from .adapted import Factors, Stacks, frozen_experts, frozen_product
 from .linear import CodesModule, computes_in_fp8
 from .official_names import fuse_official_names
 from .stored import FP8, dequantize_parts
@@ -25,7 +25,7 @@ from .stored import FP8, dequantize_parts
 _BAND_BYTES = 1 << 30
 
 
-class FP8Experts(CodesModule):
+class FP8Experts(CodesModule, Stacks):
     """E SwiGLU experts as codes.
 
     Attributes:
