@@ -81,7 +81,7 @@ def main() -> None:
     )
     trainer.train()
     disable_fp8_training(model)
-    model.eval().save_pretrained(output / "fp8", quantize="fp8", original=folder if fp8 else None)
+    model.eval().save_pretrained(output / "fp8", quantize="fp8", original=folder)
     tokenizer.save_pretrained(output / "fp8")
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     print(f"loss {losses[0]:.3f} to {losses[-1]:.3f}; FP8 checkpoint in {output / 'fp8'}")

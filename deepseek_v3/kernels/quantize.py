@@ -193,12 +193,31 @@ def transpose_codes(codes: torch.Tensor, *, backend: str = "auto") -> torch.Tens
     return dispatch.ops.transpose_codes(codes, backend)
 
 
+@dispatch.define(
+    "dequantize_weight(Tensor codes, Tensor scale, int height, int width, ScalarType dtype, str backend) -> Tensor",
+    lambda codes, scale, height, width, dtype, backend: codes.new_empty(codes.shape, dtype=dtype),
+)
+def _dequantize(codes, scale, height, width, dtype, backend):
+    power = height & (height - 1) == 0 == width & (width - 1)
+    merge = codes.stride(-1) == 1 and (codes.dim() <= 3 or codes.is_contiguous() and scale.is_contiguous())
+    reasons = _reasons(codes.device)
+    if not (power and merge and codes.numel() and dtype in TRITON_DTYPES):
+        reasons["triton"] = reasons["triton"] or f"odd blocks, {dtype}, rows that are not dense, or an empty tensor"
+    if dispatch.choose(OPERATION, reasons, backend, codes.device) == "torch":
+        return reference.dequantize_weight(codes, scale, (height, width), dtype)
+    from .triton.launch_fp8 import dequantize_weight as launch
+
+    wide = launch(codes.reshape(-1, *codes.shape[-2:]), scale.reshape(-1, *scale.shape[-2:]), (height, width), dtype)
+    return wide.view(codes.shape)
+
+
 def dequantize_weight(
     codes: torch.Tensor,
     scale: torch.Tensor,
     *,
     block: tuple[int, int] = (128, 128),
     dtype: torch.dtype = torch.bfloat16,
+    backend: str = "auto",
 ) -> torch.Tensor:
     """``codes * scale`` by block: a float32 product, rounded once to ``dtype``, as the official converter does.
 
@@ -206,17 +225,19 @@ def dequantize_weight(
         codes: float8_e4m3fn [..., rows, cols].
         scale: [..., ceil(rows / block[0]), ceil(cols / block[1])], float32 (any floating dtype is widened to it).
         block, dtype: block shape and the dtype of the result.
+        backend: "auto", "triton" or "torch"; they agree bit for bit.
 
     Returns:
         [..., rows, cols] of ``dtype``, contiguous.
 
     Raises:
         ValueError: codes of another dtype, or a scale whose shape does not fit.
+        RuntimeError: a backend asked for that cannot run here.
     """
     _check_matrix("codes", codes, 2)
     *lead, rows, cols = codes.shape
     _check_scale(codes, scale, (*lead, math.ceil(rows / block[0]), math.ceil(cols / block[1])))
-    return reference.dequantize_weight(codes, scale, block, dtype)
+    return dispatch.ops.dequantize_weight(codes, scale, *block, dtype, backend)
 
 
 def quantize_activation(

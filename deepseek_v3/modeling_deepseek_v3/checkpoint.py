@@ -147,9 +147,9 @@ class LoadingMixin:
         Args:
             quantize: "fp8" writes the official FP8 layout: E4M3 codes in 128 x 128 blocks, the rest BF16.
             scale_fmt: with `quantize`, None for float32 scales or "ue8m0" for powers of two.
-            original: with `quantize`, the folder of the FP8 checkpoint that this model was fine-tuned from: weights
-                that are still what it holds keep its codes, and what rounding did to the changes of the others is
-                logged and lies in `rounding_report` afterwards.
+            original: with `quantize`, the folder of the checkpoint that this model was fine-tuned from: weights that
+                are still what it holds keep its codes, if it holds codes, and what rounding did to the changes of the
+                others is logged and lies in `rounding_report` afterwards.
 
         Raises:
             ValueError: another `quantize` or `scale_fmt`; weights that are not finite; kept codes whose scales

@@ -17,7 +17,7 @@ from transformers.utils.import_utils import is_torchdynamo_compiling
 
 from ..kernels import experts_step, is_step, route
 from ..quantization import fuse_official_names
-from ..quantization.adapted import Factors, adapters_on, frozen_experts, frozen_product, single_factors
+from ..quantization.adapted import Factors, Stacks, Widened, from_under_adapters, frozen_experts, frozen_product
 from .layers import DeepseekV3MLP, is_bare, on_kernels
 
 
@@ -149,7 +149,7 @@ def sequence_balance_loss(
 
 
 @use_experts_implementation
-class _PlainExperts(nn.Module):
+class _PlainExperts(Stacks):
     """`DeepseekV3Experts` as its implementations know it: any of transformers', ours, or the "eager" one here."""
 
     def __init__(self, config: Any) -> None:
@@ -196,38 +196,36 @@ class _PlainExperts(nn.Module):
 
 
 class DeepseekV3Experts(_PlainExperts):
-    """E SwiGLU experts as `gate_up_proj` [E, 2F, D] (gate rows first) and `down_proj` [E, D, F].
-
-    Where one LoRA adapter is on frozen stacks, its factors multiply beside them, whatever the implementation is.
-    """
+    """E SwiGLU experts as `gate_up_proj` [E, 2F, D] (gate rows first) and `down_proj` [E, D, F]."""
 
     def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+        self,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        factors: dict[str, Factors] | None = None,
     ) -> torch.Tensor:
-        """[n, D] tokens, weighted and summed over the K experts of each: see `_PlainExperts.forward`."""
-        adapted = self._adapted()
-        if not adapted:
+        """[n, D] tokens, weighted and summed over the K experts of each: see `_PlainExperts.forward`.
+
+        Args:
+            factors: changes by name to stacks that do not learn themselves. They multiply beside them, whatever the
+                implementation is.
+        """
+        if not factors:
             return super().forward(hidden_states, top_k_index, top_k_weights)  # type: ignore[no-any-return]
 
         def stack(name: str, rows: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-            weight, factors = adapted[name]
-            return frozen_product(rows, lambda dtype: (weight.to(dtype), offsets), offsets, factors)
+            weight = getattr(self, name)
+            return frozen_product(rows, Widened(lambda dtype: (weight.to(dtype), offsets)), offsets, factors.get(name))
 
         kind, dtype = hidden_states.device.type, hidden_states.dtype
         if dtype == torch.float32 and torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
         return frozen_experts(self, stack, hidden_states, top_k_index, top_k_weights, dtype)
 
-    def _adapted(self) -> dict[str, tuple[torch.Tensor, Factors | None]]:
-        """Each stack with the factors that PEFT has put on it; empty where some of it cannot be had as factors."""
-        found, changed = {}, getattr(self, "parametrizations", {})
-        for name in ("gate_up_proj", "down_proj") if changed else ():
-            weight: Any = changed[name].original if name in changed else getattr(self, name)
-            factors = single_factors(adapters_on(self, name))
-            if weight.requires_grad or (name in changed and factors is None):
-                return {}
-            found[name] = weight, factors
-        return found
+
+def _stacks(experts: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return experts.gate_up_proj, experts.down_proj
 
 
 class DeepseekV3MoE(nn.Module):
@@ -285,14 +283,22 @@ class DeepseekV3MoE(nn.Module):
 
     def _routed(self, tokens: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         if not (tokens.requires_grad and tokens.device.type == "cpu"):
-            return self.experts(tokens, indices, weights)
+            return self._experts(tokens, indices, weights)
         # Every implementation gathers a token once for each of its experts; the gather's backward then adds K
         # gradients to one row in whatever order the threads come. Handing each token-expert pair over as a token of
         # its own leaves that sum to a reduction of fixed order: CPU runs repeat bit for bit.
         top_k = indices.shape[1]
         pairs = tokens[:, None].expand(-1, top_k, -1).reshape(-1, tokens.shape[-1])
-        output = self.experts(pairs, indices.reshape(-1, 1), weights.reshape(-1, 1))
+        output = self._experts(pairs, indices.reshape(-1, 1), weights.reshape(-1, 1))
         return output.view(-1, top_k, tokens.shape[-1]).sum(dim=1)
+
+    def _experts(self, *arguments: torch.Tensor) -> torch.Tensor:
+        """The experts, with what adapters on frozen stacks change beside them."""
+        found = from_under_adapters(self.experts)
+        if found is None or any(stack.requires_grad for stack in _stacks(found[0])):
+            return self.experts(*arguments)  # type: ignore[no-any-return]
+        experts, factors = found
+        return experts(*arguments, factors=factors)  # type: ignore[no-any-return]
 
     def _statistics(
         self, logits: torch.Tensor, indices: torch.Tensor, token_mask: torch.Tensor | None, shape: tuple[int, int]

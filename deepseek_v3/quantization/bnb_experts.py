@@ -3,7 +3,7 @@
 Special about it: the two stacks are widened for their product and dropped, in the backward again, and of the experts
 those alone that a token reaches. What is stored are buffers; the parameters `gate_up_proj` and `down_proj` have a
 stack's shape and device and no memory, which is what PEFT's `target_parameters`, parameter counts and device
-maps look at. An adapter's low-rank factors multiply beside the packed stack, each in its own product.
+maps look at. Low-rank factors of adapters multiply beside the packed stack, each in its own product.
 
 Letters: n tokens, K experts a token, P = n * K pairs, E experts, D hidden, F expert width, N rows, r rank.
 """
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..kernels import grouped_gemm
-from .adapted import adapters_on, frozen_experts, frozen_product, single_factors
+from .adapted import Factors, Stacks, Widened, adapters_on, frozen_experts, frozen_product
 from .bnb_packing import Packing
 
 STACKS = ("gate_up_proj", "down_proj")
@@ -77,7 +77,7 @@ def stack_shapes(model: nn.Module) -> list[str]:
     return [name for name, parameter in model.named_parameters() if isinstance(parameter, StackShape)]
 
 
-class BnbExperts(nn.Module):
+class BnbExperts(Stacks):
     """E SwiGLU experts, packed.
 
     Attributes:
@@ -157,12 +157,17 @@ class BnbExperts(nn.Module):
         return sum(buffer.nbytes for buffer in self.buffers(recurse=False))
 
     def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+        self,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        factors: dict[str, Factors] | None = None,
     ) -> torch.Tensor:
         """Weighted sum of each token's experts.
 
         Args:
             hidden_states: [n, D]; top_k_index: [n, K]; top_k_weights: [n, K].
+            factors: changes to the stacks by name, which multiply beside what is packed.
 
         Returns:
             [n, D] of the dtype of `hidden_states`.
@@ -170,10 +175,14 @@ class BnbExperts(nn.Module):
         Raises:
             ValueError: something other than LoRA parametrises a packed stack.
         """
-        dtype = self.compute_dtype or hidden_states.dtype
-        return frozen_experts(self, self._stack, hidden_states, top_k_index, top_k_weights, dtype)
+        dtype, changes = self.compute_dtype or hidden_states.dtype, factors or {}
 
-    def _stack(self, name: str, rows: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        def stack(name: str, rows: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+            return self._stack(name, rows, offsets, changes.get(name))
+
+        return frozen_experts(self, stack, hidden_states, top_k_index, top_k_weights, dtype)
+
+    def _stack(self, name: str, rows: torch.Tensor, offsets: torch.Tensor, factors: Factors | None) -> torch.Tensor:
         """Product of rows sorted by expert with one stack, and with what adapters add to it."""
 
         def widen(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -183,10 +192,8 @@ class BnbExperts(nn.Module):
             hit = hit if len(hit) else hit.new_zeros(1)
             return self.widened(name, dtype, hit), torch.cat([offsets[hit], offsets[-1:]])
 
-        adapters = adapters_on(self, name)
-        factors = single_factors(adapters)
-        result = frozen_product(rows, widen, offsets, factors)
-        for adapter in adapters if factors is None else []:
+        result = frozen_product(rows, Widened(widen), offsets, factors)
+        for adapter in adapters_on(self, name):
             result = result + grouped_gemm(rows, _delta(adapter).to(rows.dtype), offsets)
         return result
 
@@ -222,7 +229,9 @@ class BnbExperts(nn.Module):
 
 
 def _delta(adapter: Any) -> torch.Tensor:
-    """The change [E, N, K] that PEFT's parametrisation for several adapters together holds."""
+    """The change [E, N, K] that PEFT's parametrisation holds, whole or as factors."""
+    if hasattr(adapter, "lhs"):
+        return adapter.scaling * adapter.lhs @ adapter.rhs  # type: ignore[no-any-return]
     delta: torch.Tensor | None = getattr(adapter, "delta_weight", None)
     if delta is None:
         raise ValueError(

@@ -1,28 +1,31 @@
 """`FP8Experts`: the routed experts as stacks of E4M3 codes with one float32 scale a 128 x 128 block.
 
 Special about it: gate and up lie one above the other in `gate_up_proj`, each with its own grid of blocks, so where
-128 does not divide F the scales have 2 * ceil(F / 128) rows. Where the device does not compute FP8, each expert that
-a token reaches is dequantised for its own products and dropped, and the result is bit for bit that of the
-dequantised model's "eager" experts; the stack is never widened whole. transformers' experts implementations are
+128 does not divide F the scales have 2 * ceil(F / 128) rows. Where the device does not compute FP8, and for gradients,
+experts are dequantised for their own products and dropped: on a CPU one by one, on a GPU as many as fit in a gigabyte.
+The result is bit for bit that of the dequantised model's "eager" experts. transformers' experts implementations are
 not used: they would multiply by raw codes.
 
 Letters: n tokens, K experts a token, P = n * K pairs, E experts, D hidden, F expert width.
 """
 
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from ..configuration.layout import scale_shape
 from ..kernels import combine_pairs, gather_pairs, grouped_fp8_gemm, grouped_gemm, quantize_activation, sort_pairs
-from .linear import CodesModule, computes_in_fp8, weight_only
+from .adapted import Factors, Stacks, frozen_experts, frozen_product
+from .linear import CodesModule, computes_in_fp8
 from .official_names import fuse_official_names
 from .stored import FP8, dequantize_parts
 
+# Experts that are widened at a time on a GPU may take so many bytes.
+_BAND_BYTES = 1 << 30
 
-class FP8Experts(CodesModule):
+
+class FP8Experts(CodesModule, Stacks):
     """E SwiGLU experts as codes.
 
     Attributes:
@@ -67,12 +70,17 @@ class FP8Experts(CodesModule):
         return new
 
     def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+        self,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        factors: dict[str, Factors] | None = None,
     ) -> torch.Tensor:
         """Weighted sum of each token's experts.
 
         Args:
             hidden_states: [n, D]; top_k_index: [n, K]; top_k_weights: [n, K].
+            factors: changes to the stacks by name, which multiply beside the codes.
 
         Returns:
             [n, D] of the dtype of `hidden_states`.
@@ -80,32 +88,35 @@ class FP8Experts(CodesModule):
         Raises:
             ValueError: something other than LoRA parametrises the codes.
         """
+        if factors:
+            return self._beside(hidden_states, top_k_index, top_k_weights, factors)
         order, inverse, offsets = sort_pairs(top_k_index, self.num_experts)
         rows = gather_pairs(hidden_states, order, inverse, offsets)  # [P, D]
         gate, up = self._stack("gate_up_proj", rows, offsets).chunk(2, dim=-1)
         output = self._stack("down_proj", self.act_fn(gate) * up, offsets)
         return combine_pairs(output, inverse, offsets, top_k_weights).to(hidden_states.dtype)
 
+    def _beside(
+        self, hidden_states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, factors: dict[str, Factors]
+    ) -> torch.Tensor:
+        def stack(name: str, rows: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+            return frozen_product(rows, self._codes(name, offsets), offsets, factors.get(name))
+
+        return frozen_experts(self, stack, hidden_states, index, weights, hidden_states.dtype)
+
     def _stack(self, name: str, rows: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-        """Product of rows sorted by expert with one stack, and with what adapters add to it."""
+        """Product of rows sorted by expert with one stack, and with what a parametrisation adds to it."""
         codes, deltas = self.adapted(name)
-        scale = getattr(self, f"{name}_scale_inv")
-        if computes_in_fp8(rows, self.compute):
-            result = self._grouped(rows, codes, scale, offsets)
-        else:
-            result = _one_by_one(rows, codes, scale, offsets)
+        result = frozen_product(rows, self._codes(name, offsets, codes), offsets, None)
         for delta in deltas:
             result = result + grouped_gemm(rows, delta.to(rows.dtype), offsets)
         return result
 
-    def _grouped(
-        self, rows: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, offsets: torch.Tensor
-    ) -> torch.Tensor:
-        if scale.shape[1] == scale_shape(codes.shape[1], codes.shape[2])[0]:
-            return _Grouped.apply(rows, codes, scale, offsets, self.scale_fmt)
-        # Gate and up whose blocks do not join.
-        halves = zip(codes.chunk(2, dim=1), scale.chunk(2, dim=1), strict=True)
-        return torch.cat([_Grouped.apply(rows, c, s, offsets, self.scale_fmt) for c, s in halves], dim=-1)
+    def _codes(self, name: str, offsets: torch.Tensor, codes: torch.Tensor | None = None) -> "_Codes":
+        codes = self._parameters[name] if codes is None else codes
+        scale: torch.Tensor = getattr(self, f"{name}_scale_inv")
+        assert codes is not None
+        return _Codes(codes.detach(), scale, offsets, self.compute, self.scale_fmt)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest: Any) -> None:
         fuse_official_names(self, state_dict, prefix, missing=rest[2], errors=rest[4])
@@ -115,41 +126,47 @@ class FP8Experts(CodesModule):
         return f"experts={self.num_experts}, {self.hidden_dim}, {self.intermediate_dim}, compute={self.compute}"
 
 
-def _one_by_one(rows: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """Each expert's rows with its own matrix, dequantised for the product and dropped."""
-    bounds = offsets.tolist()
-    results = []
-    for expert, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
-        if stop > start:
-            widen = partial(dequantize_parts, codes[expert], scale[expert])
-            results.append(weight_only(rows[start:stop], widen))
-    # Pairs of experts that live elsewhere come last.
-    results.append(rows.new_zeros(len(rows) - bounds[-1], codes.shape[1]))
-    return torch.cat(results)
+class _Codes(NamedTuple):
+    """One stack as a `Frozen`: codes [E, N, K] with their scale, and the offsets [E + 1] of the rows.
 
+    The gradient goes through the dequantised matrices, whatever the product ran in.
+    """
 
-class _Grouped(torch.autograd.Function):
-    """FP8 product by expert; the gradient to the rows goes through each expert's dequantised matrix."""
+    codes: torch.Tensor
+    scale: torch.Tensor
+    offsets: torch.Tensor
+    compute: str | None
+    scale_fmt: str | None
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        rows: torch.Tensor,
-        codes: torch.Tensor,
-        scale: torch.Tensor,
-        offsets: torch.Tensor,
-        scale_fmt: str | None,
-    ) -> torch.Tensor:
-        ctx.save_for_backward(codes, scale, offsets)
-        x, x_scale = quantize_activation(rows, scale_fmt=scale_fmt)
-        return grouped_fp8_gemm(x, x_scale, codes, scale, offsets, out_dtype=rows.dtype)
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        if not computes_in_fp8(rows, self.compute):
+            return self._widened(rows, transposed=False)
+        x, x_scale = quantize_activation(rows, scale_fmt=self.scale_fmt)
+        # Gate and up whose blocks do not join are two products.
+        parts = 1 if self.scale.shape[1] == scale_shape(*self.codes.shape[1:])[0] else 2
+        pairs = zip(self.codes.chunk(parts, dim=1), self.scale.chunk(parts, dim=1), strict=True)
+        products = [grouped_fp8_gemm(x, x_scale, c, s, self.offsets, out_dtype=rows.dtype) for c, s in pairs]
+        return products[0] if parts == 1 else torch.cat(products, dim=-1)
 
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        codes, scale, offsets = ctx.saved_tensors
-        result = grad.new_zeros(len(grad), codes.shape[2])
-        bounds = offsets.tolist()
-        for expert, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
-            if stop > start:
-                result[start:stop] = grad[start:stop] @ dequantize_parts(codes[expert], scale[expert], grad.dtype)
-        return result, None, None, None, None
+    def backward(self, grad: torch.Tensor) -> torch.Tensor:
+        return self._widened(grad, transposed=True)
+
+    def _widened(self, rows: torch.Tensor, transposed: bool) -> torch.Tensor:
+        """Rows of experts that live elsewhere come last, and give zeros."""
+        experts, height, width = self.codes.shape
+        band = max(1, _BAND_BYTES // (height * width * rows.element_size())) if rows.is_cuda else 1
+        if band >= experts:  # the host need not wait for the offsets
+            return self._product(rows, slice(None), self.offsets, transposed)
+        bounds = self.offsets.tolist()
+        result = rows.new_zeros(len(rows), width if transposed else height)
+        for first in range(0, experts, band):
+            stop = min(first + band, experts)
+            here = slice(bounds[first], bounds[stop])
+            if here.stop > here.start:
+                offsets = self.offsets[first : stop + 1] - here.start
+                result[here] = self._product(rows[here], slice(first, stop), offsets, transposed)
+        return result
+
+    def _product(self, rows: torch.Tensor, experts: slice, offsets: torch.Tensor, transposed: bool) -> torch.Tensor:
+        matrices = dequantize_parts(self.codes[experts], self.scale[experts], rows.dtype)
+        return grouped_gemm(rows, matrices, offsets, transposed=transposed)

@@ -169,6 +169,22 @@ class FP8Linear(CodesModule, nn.Linear):
         """The matrix [N, K] that the codes stand for, computed anew at each call."""
         return dequantize_weight(self.weight, self.weight_scale_inv, dtype=dtype)
 
+    @property
+    def W_q(self) -> torch.Tensor:
+        """The codes, by the name at which PEFT learns that a matrix has to be asked for by `dequantize`."""
+        return self.weight
+
+    def dequantize(self) -> torch.Tensor:
+        """Refused: PEFT asks where the matrix itself takes part in an adapter, and would cast what that learns to FP8.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "DoRA works on the norms of a whole matrix, and this one is FP8 codes. Load the model with "
+            "quantization_config=FP8Config(keep=False), or leave use_dora out"
+        )
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[.., K] to [.., N], of the dtype of `x`, with what adapters add.
 

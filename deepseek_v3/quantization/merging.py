@@ -139,7 +139,8 @@ class RoundingReport:
     """What `save_pretrained(..., quantize="fp8", original=folder)` did to the changes of a fine-tuned model.
 
     Attributes:
-        untouched: how many FP8 weights still are what the original checkpoint holds; their codes were kept.
+        untouched: how many of the weights that FP8 is for still are what the original checkpoint holds; where it
+            holds codes, they were kept.
         tensors: official name of each weight that was changed and quantised again -> what survived.
         overall: the same for all of them as one vector; NaN where nothing was changed.
     """
@@ -157,17 +158,26 @@ class RoundingReport:
         """Names of the weights whose change is mostly gone, the worst first."""
         return sorted((n for n, s in self.tensors.items() if s.vanished), key=lambda name: self.tensors[name].cosine)
 
-    def add(self, name: str, original: torch.Tensor, wanted: torch.Tensor, written: torch.Tensor) -> None:
+    def add(
+        self,
+        name: str,
+        original: torch.Tensor,
+        wanted: torch.Tensor,
+        written: torch.Tensor,
+        rounded: torch.Tensor | None = None,
+    ) -> None:
         """Count one weight that was changed.
 
         Args:
             name: its official name.
             original, wanted, written: [rows, columns]: before training, after it, and as the codes have it.
+            rounded: the original as FP8 would have it, where it was not FP8; None for one that was.
         """
         sums = _Sums()
-        for rows in zip(*(tensor.split(_BAND_ROWS) for tensor in (original, wanted, written)), strict=True):
-            start, aim, end = (tensor.double() for tensor in rows)
-            d, e = (aim - start).flatten(), (end - start).flatten()
+        tensors = (original, wanted, original if rounded is None else rounded, written)
+        for rows in zip(*(tensor.split(_BAND_ROWS) for tensor in tensors), strict=True):
+            start, aim, begin, end = (tensor.double() for tensor in rows)
+            d, e = (aim - start).flatten(), (end - begin).flatten()
             sums = sums.plus(_Sums(float(d @ d), float(e @ e), float(d @ e)))
         if sums.before:
             self.tensors[name] = sums.survival()
@@ -176,10 +186,10 @@ class RoundingReport:
     def text(self) -> str:
         """One paragraph for people."""
         if not self.tensors:
-            return f"{self.untouched} FP8 weights are those of the original checkpoint; none was changed."
+            return f"{self.untouched} weights are those of the original checkpoint; none was changed."
         share, cosine, moved = self.overall
         return (
-            f"{self.untouched} FP8 weights are those of the original checkpoint, {len(self.tensors)} were changed and "
+            f"{self.untouched} weights are those of the original checkpoint, {len(self.tensors)} were changed and "
             f"quantised again: {share:.0%} of the change survived (cosine {cosine:.2f}); rounding moved the weights "
             f"by {moved:.2f} times the size of the change."
         )

@@ -181,7 +181,7 @@ def write_quantized(
         config: the model's, which says what the official files hold.
         folder: where; what lies there stays whole until the last file is written, then older shards go.
         scale_fmt: None for float32 scales, "ue8m0" for powers of two.
-        original: a folder with the FP8 checkpoint that the model was fine-tuned from, or None.
+        original: a folder with the checkpoint that the model was fine-tuned from, FP8 or not, or None.
         shard_bytes: largest file in bytes.
 
     Returns:
@@ -192,7 +192,8 @@ def write_quantized(
         OSError: the disk is full, or fails. In both cases nothing was written.
     """
     kinds: dict[str, str] = {spec.name: spec.kind for spec in official_tensors(config, quantized=True)}
-    untouched = _Original(original, scale_fmt) if original is not None else None
+    matrices = (name for name, kind in kinds.items() if kind == "fp8")
+    untouched = _Original(original, scale_fmt, matrices) if original is not None else None
     groups = pack(_items(weights, kinds), shard_bytes)
     names = [shard_file(i, len(groups)) for i in range(1, len(groups) + 1)] if len(groups) > 1 else [SAFE_WEIGHTS_NAME]
     place: dict[str, tuple[int, int]] = {}
@@ -293,30 +294,37 @@ def _quantize(name: str, tensor: torch.Tensor, scale_fmt: str | None) -> tuple[t
 
 
 class _Original:
-    """The checkpoint that a model came from, to tell which weights training left alone."""
+    """The checkpoint that a model came from, FP8 or not, to tell which weights training left alone."""
 
-    def __init__(self, folder: str, scale_fmt: str | None) -> None:
+    def __init__(self, folder: str, scale_fmt: str | None, names: Iterable[str]) -> None:
         found = open_weights(Path(folder))
         if found is None:
-            raise CheckpointError("holds no safetensors", file=folder, remedy="give the FP8 checkpoint as `original`")
+            remedy = "give the checkpoint that the model was fine-tuned from as `original`"
+            raise CheckpointError("holds no safetensors", file=folder, remedy=remedy)
         self.tensors = CheckpointTensors([os.path.join(folder, name) for name in found.files])
         self.names = self.tensors.fp8_weights()
-        if not self.names:
+        if not any(name in self.tensors for name in names):
             self.tensors.close()
-            raise ValueError(f"original={folder} holds no FP8 weights; give the FP8 checkpoint, or leave it out")
+            raise ValueError(
+                f"original={folder} holds none of this model's weights; give the checkpoint that it was fine-tuned "
+                "from, under the official names, or leave it out"
+            )
         self.scale_fmt = scale_fmt
         self.report = RoundingReport()
 
     def codes(self, name: str, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if name not in self.names:
-            return _quantize(name, weight, self.scale_fmt)
-        codes, scale = self.tensors.read(name), read_scale(self.tensors, name + SCALE_SUFFIX)
-        if codes.shape != weight.shape:
-            raise ValueError(
-                f"{name} is {list(weight.shape)} here and {list(codes.shape)} in `original`; give the checkpoint that "
-                "this model was fine-tuned from"
-            )
         weight = weight.cpu()
+        if name not in self.tensors:
+            return _quantize(name, weight, self.scale_fmt)
+        if self.tensors.shape(name) != tuple(weight.shape):
+            raise ValueError(
+                f"{name} is {list(weight.shape)} here and {list(self.tensors.shape(name))} in `original`; give the "
+                "checkpoint that this model was fine-tuned from"
+            )
+        return self._kept_codes(name, weight) if name in self.names else self._from_plain(name, weight)
+
+    def _kept_codes(self, name: str, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        codes, scale = self.tensors.read(name), read_scale(self.tensors, name + SCALE_SUFFIX)
         before = dequantize_weight(codes, scale, dtype=weight.dtype)
         fits = self.scale_fmt is None or are_powers_of_two(scale)
         if torch.equal(before, weight) and fits:
@@ -324,4 +332,17 @@ class _Original:
             return codes, scale
         pair = _quantize(name, weight, self.scale_fmt)
         self.report.add(name, before, weight, dequantize_weight(*pair, dtype=torch.float32))
+        return pair
+
+    def _from_plain(self, name: str, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        before = self.tensors.read(name).to(weight.dtype)
+        pair = _quantize(name, weight, self.scale_fmt)
+        if torch.equal(before, weight):
+            self.report.untouched += 1
+            return pair
+        # FP8 rounds the original as well: what came of the change is the difference of the two.
+        wide = [
+            dequantize_weight(*each, dtype=torch.float32) for each in (_quantize(name, before, self.scale_fmt), pair)
+        ]
+        self.report.add(name, before, weight, wide[1], rounded=wide[0])
         return pair

@@ -352,9 +352,8 @@ def merge(settings: FinetuneSettings, tokenizer: Any) -> dict[str, Any]:
     if settings.merge == "bf16":
         merged.save_pretrained(folder)
         return {"merged": str(folder)}
-    merged.save_pretrained(folder, quantize="fp8", original=settings.model if fp8 else None)
-    report = merged.rounding_report
-    return {"merged": str(folder), **({"rounding": report.text()} if report else {})}
+    merged.save_pretrained(folder, quantize="fp8", original=settings.model)
+    return {"merged": str(folder), "rounding": merged.rounding_report.text()}
 
 
 def _write_folder(settings: FinetuneSettings, summary: dict[str, Any]) -> None:

@@ -58,6 +58,31 @@ def test_an_expert_stack_is_its_matrices_one_by_one(scale_fmt):
     )
 
 
+@pytest.mark.parametrize("block", [(128, 128), (16, 64)])
+@pytest.mark.parametrize("shape", [(1, 1), (130, 257), (3, 128, 200), (2, 2, 65, 129)])
+def test_each_code_is_multiplied_by_its_blocks_scale(target, shape, block):
+    codes = (torch.randn(shape) * 100).clamp(-448, 448).to(torch.float8_e4m3fn)
+    scale = torch.rand(*shape[:-2], math.ceil(shape[-2] / block[0]), math.ceil(shape[-1] / block[1])) + 0.1
+    # Both are exact in float64, and so is their product.
+    spread = scale.double().repeat_interleave(block[0], -2).repeat_interleave(block[1], -1)
+    exact = codes.double() * spread[..., : shape[-2], : shape[-1]]
+    there = codes.to(target.device), scale.to(target.device)
+    for dtype in (target.dtype, torch.float32):
+        wide = dequantize_weight(*there, block=block, dtype=dtype, backend=target.backend)
+        assert wide.is_contiguous() and torch.equal(wide.cpu(), exact.float().to(dtype))
+    if len(shape) == 3:
+        part = dequantize_weight(
+            *(tensor[1:] for tensor in there), block=block, dtype=torch.float32, backend=target.backend
+        )
+        assert torch.equal(part.cpu(), exact[1:].float())
+        # Gate alone, out of a stack that holds both.
+        joint = torch.cat([there[0], there[0]], dim=1)
+        first = dequantize_weight(
+            joint[:, : shape[1]], there[1], block=block, dtype=torch.float32, backend=target.backend
+        )
+        assert torch.equal(first.cpu(), exact.float())
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (130, 257), (3, 128, 200), (2, 2, 65, 129)])
 def test_codes_are_turned_byte_by_byte(target, shape):
     codes = torch.randn(shape).to(torch.float8_e4m3fn).to(target.device)

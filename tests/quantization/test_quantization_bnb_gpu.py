@@ -10,6 +10,7 @@ from deepseek_v3 import lora_target_modules
 from deepseek_v3.configuration import preset
 from deepseek_v3.conversion import write_checkpoint
 from deepseek_v3.quantization import BnbExperts
+from deepseek_v3.quantization.adapted import from_under_adapters
 
 pytestmark = pytest.mark.gpu
 CONFIGS = {
@@ -65,7 +66,8 @@ def test_forward_and_gradients_under_lora(folder, kind, rows, rank):
     x, index, weights = given(rows, experts)
     x.requires_grad_()
     towards = torch.randn(rows, experts.hidden_dim, generator=generator).cuda()
-    result = model.base_model.model["experts"](x, index, weights)
+    under, changes = from_under_adapters(model.base_model.model["experts"])
+    result = under(x, index, weights, factors=changes)
     (result.float() * towards).sum().backward()
 
     leaves = {name: p.detach().double().requires_grad_() for name, p in factors.items()}

@@ -192,40 +192,50 @@ def test_lora_over_kept_fp8_learns(compute, fp8_folder, batch):
     assert codes and not any(p.requires_grad or p.grad is not None for p in codes)
 
 
+def route_alike(leader, follower):
+    """Send the follower's tokens where the leader's went in its last forward; the weights stay the follower's own."""
+    chosen = {}
+
+    def follow(name, router, output):
+        scores = output[0].sigmoid().gather(1, chosen[name])
+        return output[0], scores / scores.sum(-1, keepdim=True) * router.routed_scaling_factor, chosen[name]
+
+    for name, router in leader.named_modules():
+        if name.endswith("mlp.gate"):
+            router.register_forward_hook(lambda _, inputs, out, name=name: chosen.__setitem__(name, out[2]))
+            own = follower.get_submodule(name)
+            own.register_forward_hook(lambda router, inputs, out, name=name: follow(name, router, out))
+
+
 @pytest.mark.parametrize("compute", ["weight_only", "dynamic"])
-def test_lora_on_the_experts_is_added_to_the_matrices_not_to_the_codes(compute, fp8_folder, kept, plain, batch):
+def test_lora_on_the_experts_is_added_to_the_matrices_not_to_the_codes(compute, kept, plain, batch):
     config = LoraConfig(
         r=2, target_modules=["o_proj"], target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     )
     for module in kept.modules():
         if isinstance(module, FP8Linear | FP8Experts):
             module.compute = compute
-    if compute == "weight_only":
-        # In BF16 an adapter beside a plain stack rounds otherwise than one added to a matrix, which alone moves a
-        # token to another expert.
-        kept.to(torch.float32)
-        plain = load(fp8_folder, quantization_config=FP8Config(keep=False), dtype=torch.float32)
-    models = [get_peft_model(model, config) for model in (kept, plain)]
+    models = [get_peft_model(model, config) for model in (plain, kept)]
+    route_alike(*models)
     generator = torch.Generator().manual_seed(4)
     named = [dict(model.named_parameters()) for model in models]
     with torch.no_grad():
-        before = models[1](**batch).logits
-        for name, parameter in named[1].items():
+        before = models[0](**batch).logits
+        for name, parameter in named[0].items():
             if "lora_" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-                named[0][name].copy_(parameter)
+                named[1][name].copy_(parameter)
     losses = [model(**batch, labels=batch["input_ids"]) for model in models]
-    # A rounded activation sends some tokens to other experts, whose adapters differ: 0.963 was measured.
-    least = 0.9999 if compute == "weight_only" else 0.95
-    assert cosine(losses[1].logits, before) < 0.9
-    assert cosine(losses[0].logits, losses[1].logits) > least
     for loss in losses:
         loss.loss.backward()
-    checked = [name for name in named[0] if "lora_B" in name and "experts" in name]
-    assert len(checked) == 6
-    assert all(
-        cosine(*(n[name].grad for n in named)) > (0.99 if compute == "weight_only" else 0.8) for name in checked
-    )
+    gradients = [[n[name].grad for n in named] for name in named[0] if "lora_B" in name and "experts" in name]
+    assert len(gradients) == 6 and cosine(losses[0].logits, before) < 0.9
+    logits = [loss.logits for loss in losses]
+    if compute == "weight_only":
+        assert torch.equal(*logits) and all(torch.equal(*pair) for pair in gradients)
+    else:
+        # Measured: 0.998, and 0.945 to 0.996. Each layer by itself: tests/training/test_lora_targets.py.
+        assert cosine(*logits) > 0.995 and min(cosine(*pair) for pair in gradients) > 0.92
 
 
 def test_anything_else_on_the_codes_is_refused(kept, batch):

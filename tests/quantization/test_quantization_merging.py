@@ -132,6 +132,31 @@ def test_an_adapter_trained_over_fp8_is_merged_in_bf16_and_quantised_once(fp8_fo
     assert torch.cosine_similarity(after.double().flatten(), kept_again.double().flatten(), dim=0) > 0.9
 
 
+def test_over_a_bf16_original_the_change_is_held_against_what_fp8_makes_of_that(plain, tmp_path, caplog):
+    plain.save_pretrained(tmp_path / "bf16")
+    merged = trained(plain).merge_and_unload()
+    with caplog.at_level(logging.WARNING):
+        merged.save_pretrained(tmp_path / "merged", quantize="fp8", original=tmp_path / "bf16")
+    load(tmp_path / "bf16", dtype=torch.bfloat16).save_pretrained(tmp_path / "rounded", quantize="fp8")
+    saved, rounded, source = (stored(tmp_path / name) for name in ("merged", "rounded", "bf16"))
+    report = merged.rounding_report
+    assert report.text() in logged(caplog) and "of the change survived" in report.text()
+    matrices = {name for name, tensor in saved.items() if tensor.dtype == torch.float8_e4m3fn}
+    assert report.untouched + len(report.tensors) == len(matrices) and report.untouched > 10
+    for name in matrices - report.tensors.keys():
+        assert torch.equal(saved[name].float(), rounded[name].float())  # adding nothing has turned -0 into 0
+    for name in ("model.layers.0.self_attn.o_proj.weight", "model.layers.2.mlp.experts.5.down_proj.weight"):
+        wanted = merged.state_dict()
+        wanted = wanted[name] if name in wanted else wanted["model.layers.2.mlp.experts.down_proj"][5]
+        d = (wanted.double() - source[name].double()).numpy().ravel()
+        e = [dequantized(folder[name], folder[f"{name}_scale_inv"]) for folder in (saved, rounded)]
+        e = (e[0] - e[1]).ravel()
+        share, cosine, moved = report.tensors[name]
+        assert 0.3 < share < 2 and share == pytest.approx(d @ e / (d @ d), abs=1e-4)
+        assert cosine == pytest.approx(d @ e / numpy.sqrt((d @ d) * (e @ e)), abs=1e-4)
+        assert moved == pytest.approx(numpy.linalg.norm(e - d) / numpy.linalg.norm(d), abs=1e-4)
+
+
 def test_a_kept_model_with_adapters_is_dequantised_under_them_and_merged(fp8_folder, kept):
     adapted = trained(kept)
     lora = {n: p.detach().clone() for n, p in adapted.named_parameters() if "lora_" in n}

@@ -283,8 +283,13 @@ def test_what_cannot_be_written_is_named(plain, tmp_path):
 @pytest.mark.parametrize(
     ("fault", "error", "words"),
     [
-        ("missing", ValueError, "source: holds no safetensors; give the FP8 checkpoint as `original`"),
-        ("bf16", ValueError, "holds no FP8 weights"),
+        ("missing", ValueError, "source: holds no safetensors; give the checkpoint that the model was fine"),
+        (
+            "renamed",
+            ValueError,
+            "source holds none of this model's weights; give the checkpoint",
+        ),
+        ("bf16 other", ValueError, r"q_a_proj.weight is \[136, 192\] here and \[64, 192\] in `original`"),
         ("other", ValueError, r"q_a_proj.weight is \[136, 192\] here and \[64, 192\] in `original`"),
         ("cut", ValueError, "model-00002-of-000003.safetensors: the data is cut short"),
         ("scale", ValueError, "holds a scale that is not finite and positive"),
@@ -293,9 +298,15 @@ def test_what_cannot_be_written_is_named(plain, tmp_path):
 def test_an_original_that_is_none_is_refused_before_anything_is_written(fault, error, words, plain, tmp_path):
     source = tmp_path / "source"
     if fault != "missing":
-        config = awkward_config(**({"q_lora_rank": 64} if fault == "other" else {}))
-        write_checkpoint(config, source, shards=3, quantized=fault != "bf16")
+        config = awkward_config(**({"q_lora_rank": 64} if "other" in fault else {}))
+        write_checkpoint(config, source, shards=3, quantized=fault not in ("bf16 other", "renamed"))
     second = source / "model-00002-of-000003.safetensors"
+    if fault == "renamed":
+        # As a model of other classes names them.
+        save_file({f"inner.{n}": t for n, t in load_file(second).items()}, source / "model.safetensors")
+        for path in source.glob("model*0*"):
+            path.unlink()
+        (source / "model.safetensors.index.json").unlink()
     if fault == "cut":
         second.write_bytes(second.read_bytes()[:-50])
     if fault == "scale":

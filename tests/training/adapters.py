@@ -5,6 +5,7 @@ from peft.tuners.lora import LoraLayer
 
 from deepseek_v3 import DeepseekV3ForCausalLM
 from deepseek_v3.kernels import dequantize_weight
+from deepseek_v3.quantization.adapted import from_under_adapters
 
 
 def float64_twin(model):
@@ -75,3 +76,9 @@ def reference(model, twin, tokens, **kwargs):
 
 def relative(value, expected):
     return float((value.detach().double() - expected.detach()).norm() / expected.detach().norm())
+
+
+def beside(wrapper, *arguments):
+    """Experts under PEFT's wrappers, called as the layer that owns them calls them."""
+    experts, factors = from_under_adapters(wrapper)
+    return experts(*arguments, factors=factors)

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from adapters import adapters, change, float64_twin, randomise, reference, relative
+from adapters import adapters, beside, change, float64_twin, randomise, reference, relative
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import layer as peft_layer
+from test_lora_packed import float64_twin as packed_twin
 from test_lora_packed import folder, load
+from transformers import AutoModelForCausalLM
 
-from deepseek_v3 import lora_target_modules
-from deepseek_v3.modeling_deepseek_v3.moe import DeepseekV3Experts
+from deepseek_v3 import FP8Config, lora_target_modules
 from twins import make_model
 
 __all__ = ["folder"]  # a fixture
@@ -23,7 +24,7 @@ def adapted(base, **kwargs):
 
 @pytest.fixture
 def sums(monkeypatch):
-    """Shapes of the stacks that a change was added to for somebody who read them.
+    """Shapes of stacks that a change was added to for somebody who read them, and of whole changes to experts.
 
     PEFT itself has the sum made once where it registers a parametrisation, looks at its shape, and drops it.
     """
@@ -45,6 +46,12 @@ def sums(monkeypatch):
             return add(self, stack)
 
         monkeypatch.setattr(proxy, "forward", forward)
+
+    def whole(wrapper, adapter, change=peft_layer.ParamWrapper.get_delta_weight):
+        seen.extend([tuple(wrapper.get_param().shape)] if wrapper.num_experts > 1 else [])
+        return change(wrapper, adapter)
+
+    monkeypatch.setattr(peft_layer.ParamWrapper, "get_delta_weight", whole)
     return seen
 
 
@@ -63,17 +70,74 @@ def test_no_sum_of_a_stacks_size_is_made(implementation, sums):
     assert not sums
 
 
-def test_where_factors_do_not_serve_peft_adds(sums):
-    model = adapted(make_model())
-    model.add_adapter("other", LoraConfig(r=2, **lora_target_modules(model.config, "experts")))
+@pytest.fixture(scope="module")
+def fp8(tmp_path_factory):
+    """Experts of a width with block grids of their own, in FP8."""
+    folder = tmp_path_factory.mktemp("fp8")
+    make_model(moe_intermediate_size=144).to(torch.bfloat16).save_pretrained(folder, quantize="fp8")
+    return folder
+
+
+def held_as(form, folder, fp8):
+    """A base in float32, whatever its experts are held in, and its float64 twin."""
+    if form == "fp8":
+        keep = FP8Config(keep=True, compute="weight_only")
+        base = AutoModelForCausalLM.from_pretrained(fp8, dtype=torch.float32, quantization_config=keep).eval()
+    else:
+        base = load(folder) if form == "nf4" else make_model()
+    return base, packed_twin(base) if form == "nf4" else float64_twin(base)
+
+
+@pytest.mark.parametrize("form", ["float32", "nf4", "fp8"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_several_adapters_at_once_multiply_beside_the_stack(form, checkpointing, folder, fp8, sums):
+    base, twin = held_as(form, folder, fp8)
+    model = adapted(base)
+    model.add_adapter("other", LoraConfig(r=2, lora_alpha=5, **lora_target_modules(base.config, "experts")))
+    randomise(model, seed=1)
     model.base_model.set_adapter(["default", "other"])
-    model(TOKENS)
-    assert len(sums) >= 4
-    model.set_adapter("default")
-    # A stack that learns itself gets its gradient.
+    if checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+        model.train()
+    weights, leaves = dict(twin.state_dict()), {}
+    for adapter in ("default", "other"):
+        for name, (a, b, scaling) in adapters(model, adapter).items():
+            leaves[adapter, name] = [t.detach().double().requires_grad_() for t in (a, b)]
+            weights[name] = weights[name] + change(*leaves[adapter, name], scaling, weights[name])
+    expected = torch.func.functional_call(twin, weights, (TOKENS,), {"labels": TOKENS})
+    expected.loss.backward()
+    output = model(TOKENS, labels=TOKENS)
+    output.loss.backward()
+    assert relative(output.logits, expected.logits) < 1e-5 and not sums
+    assert len(leaves) == 12
+    for (adapter, name), leaf in leaves.items():
+        for parameter, exact in zip(adapters(model, adapter)[name][:2], leaf, strict=True):
+            assert exact.grad.abs().max() > 0 and relative(parameter.grad, exact.grad) < 1e-5, name
+
+
+@pytest.mark.parametrize("form", ["float32", "nf4", "fp8"])
+def test_wrappers_that_must_be_called_are(form, folder, fp8, sums):
+    """Somebody's hook sees its module called, and PEFT's own way gives what factors beside the stack give."""
+    base, _ = held_as(form, folder, fp8)
+    model = adapted(base).eval()
+    with torch.no_grad():
+        beside = model(TOKENS).logits
+        assert not sums
+        seen = []
+        wrapper = base.model.layers[1].mlp.experts
+        wrapper.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+        assert relative(model(TOKENS).logits, beside.double()) < 1e-5
+        assert seen == [(24, 64)] and (form == "nf4" or sums)
+        with model.disable_adapter():
+            plain = model(TOKENS).logits
+    assert relative(plain, beside.double()) > 1e-2 and len(seen) == 2
+    assert relative(model(TOKENS, labels=TOKENS).logits, beside.double()) < 1e-5
+
+
+def test_a_stack_that_learns_itself_gets_its_gradient(sums):
+    model = adapted(make_model())
     stack = model.get_base_model().model.layers[1].mlp.experts.get_base_layer().down_proj
     stack.requires_grad_()
-    sums.clear()
     model(TOKENS, labels=TOKENS).loss.backward()
     assert tuple(stack.shape) in sums and stack.grad.abs().max() > 0
 
@@ -120,7 +184,7 @@ def errors(model, stacks, dtype, seed):
     weights, given = torch.rand(5, 2, generator=generator), torch.randn(5, 64, generator=generator)
     model.zero_grad()
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
-        result = experts(x, index, weights)
+        result = beside(experts, x, index, weights)
     (result.float() * given).sum().backward()
     pairs = adapters(model)
     leaves = {name: [t.detach().double().requires_grad_() for t in pair[:2]] for name, pair in pairs.items()}
@@ -153,6 +217,6 @@ def test_what_bf16_loses(held, mean, worst, folder, sums):
     assert found.mean() < mean and found.max() < worst
     if held == "bf16":
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(DeepseekV3Experts, "_adapted", lambda self: {})
+            patch.setitem(globals(), "beside", lambda wrapper, *arguments: wrapper(*arguments))
             theirs = torch.tensor([errors(model, stacks, dtype, seed) for seed in range(20)])
         assert found.mean() < theirs.mean() and sums

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from adapters import adapters, change, randomise, reference, relative
+from adapters import adapters, beside, change, randomise, reference, relative
 from bitsandbytes import functional, nn
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from test_lora_targets import expected_names
@@ -119,7 +119,7 @@ def test_one_layers_experts_in_either_dtype(folder, bits, compute, bound, tokens
     x = torch.randn(tokens, 64, generator=generator).to(compute).requires_grad_()
     index = torch.rand(tokens, 8, generator=generator).topk(2).indices
     weights, given = torch.rand(tokens, 2, generator=generator), torch.randn(tokens, 64, generator=generator)
-    result = experts(x, index, weights)
+    result = beside(experts, x, index, weights)
     (result.float() * given).sum().backward()
 
     leaves = {name: [t.detach().double().requires_grad_() for t in pair[:2]] for name, pair in adapters(model).items()}

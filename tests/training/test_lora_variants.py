@@ -88,6 +88,28 @@ def test_dora_and_dropout_on_experts_are_refused(kind, message, folders):
         adapted(load(folders), "experts", **kind)
 
 
+@pytest.mark.parametrize("name", ["plain", "fp8"])
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "orthogonal"])
+def test_adapters_that_start_from_a_matrix_are_refused_on_experts(start, name, folders):
+    with pytest.raises(AttributeError, match=r"holds its experts in the stacks.*True or 'gaussian'.*'attention'"):
+        get_peft_model(load(folders, name), config_of(load(folders, name), "experts", init_lora_weights=start))
+    assert not hasattr(load(folders, name).model.layers[1].mlp.experts, "weight")
+
+
+def test_pissa_on_the_attention_alone_starts_as_the_base(folders):
+    base = load(folders)
+    expected = outputs(base)
+    model = get_peft_model(base, config_of(base, init_lora_weights="pissa")).eval()
+    assert relative(outputs(model), expected) < 1e-4 and all(b.abs().max() > 0 for _, b, _ in adapters(model).values())
+    with pytest.raises(TypeError, match="Please initialize PiSSA under float32"):
+        get_peft_model(load(folders, "fp8"), config_of(base, init_lora_weights="pissa"))
+
+
+def test_dora_over_codes_is_refused(folders):
+    with pytest.raises(ValueError, match=r"this one is FP8 codes.*FP8Config\(keep=False\), or leave use_dora out"):
+        adapted(load(folders, "fp8"), use_dora=True)
+
+
 def test_dropout_on_the_attention_alone(folders):
     model = adapted(load(folders), lora_dropout=0.5)
     still = outputs(model)

@@ -11,7 +11,7 @@ from ..tuning import active, bucket
 from .fp8 import fp8_grouped_columns, fp8_matmul
 from .launch_mla import tma_ready
 from .launching import cdiv, next_power_of_2
-from .quantize import quantize_blocks, quantize_columns, quantize_rows, transpose_tiles
+from .quantize import quantize_blocks, quantize_columns, quantize_rows, transpose_tiles, widen_tiles
 from .tilings import FP8_DENSE, WGRAD, tuned
 
 
@@ -126,4 +126,17 @@ def transpose_codes(codes):
         transpose_tiles[(cdiv(rows, side), cdiv(cols, side), experts)](
             codes.view(torch.uint8), out.view(torch.uint8), rows, cols, *codes.stride()[:2], SIDE=side, num_warps=8
         )
+    return out
+
+
+def dequantize_weight(codes, scale, block, dtype):
+    """Codes of a stack [E, rows, cols] with dense rows, times its scale."""
+    experts, rows, cols = codes.shape
+    out = torch.empty(experts, rows, cols, dtype=dtype, device=codes.device)
+    if out.numel():
+        height, width = min(block[0], 32), min(block[1], 128)
+        widen_tiles[(cdiv(rows, height), cdiv(cols, width), experts)](
+            codes, scale, out, rows, cols, *codes.stride()[:2], *scale.stride(),
+            HEIGHT=block[0], WIDTH=block[1], ROWS=height, COLS=width, num_warps=4,
+        )  # fmt: skip
     return out

@@ -123,3 +123,20 @@ def transpose_tiles(x, out, rows, cols, x_e, x_r, SIDE: tl.constexpr):
     tile = tl.load(x + place, mask=(r < rows)[:, None] & (c < cols)[None, :])
     place = (e * cols + c.to(tl.int64)[:, None]) * rows + r[None, :]
     tl.store(out + place, tl.trans(tile), mask=(c < cols)[:, None] & (r < rows)[None, :])
+
+
+@triton.jit
+def widen_tiles(
+    codes, scale, out, rows, cols, c_e, c_r, s_e, s_r, s_c,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """A ROWS x COLS tile, within a block of HEIGHT x WIDTH, of matrix program_id(2) of a stack: codes times scale; out
+    [E, rows, cols] is contiguous."""
+    r0, c0 = tl.program_id(0) * ROWS, tl.program_id(1) * COLS
+    r, c = r0 + tl.arange(0, ROWS), c0 + tl.arange(0, COLS)
+    e = tl.program_id(2).to(tl.int64)
+    live = (r < rows)[:, None] & (c < cols)[None, :]
+    s = tl.load(scale + e * s_e + (r0 // HEIGHT).to(tl.int64) * s_r + (c0 // WIDTH) * s_c)
+    value = tl.load(codes + e * c_e + r.to(tl.int64)[:, None] * c_r + c[None, :], mask=live, other=0.0)
+    place = (e * rows + r.to(tl.int64)[:, None]) * cols + c[None, :]
+    tl.store(out + place, (value.to(tl.float32) * s).to(out.dtype.element_ty), mask=live)

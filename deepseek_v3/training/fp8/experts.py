@@ -13,6 +13,7 @@ import torch
 
 from ...kernels import combine_pairs, grouped_fp8_gemm, grouped_fp8_wgrad, retile, sort_pairs, swiglu_backward
 from ...modeling_deepseek_v3.moe import DeepseekV3Experts, DeepseekV3MoE
+from ...quantization.adapted import Factors
 from .linear import kept_swiglu_inputs, swiglu_codes
 from .quantise import gradient_codes, input_codes
 from .state import FP8Module, result_dtype
@@ -97,14 +98,18 @@ class FP8TrainingExperts(FP8Module, DeepseekV3Experts):
     """The fused routed experts in FP8 in `train()`; in `eval()` whatever `experts_implementation` says."""
 
     def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+        self,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        factors: dict[str, Factors] | None = None,
     ) -> torch.Tensor:
         """Weighted sum of each token's experts: [T, D] with indices and weights [T, K] to [T, D].
 
         An index of E or more is an expert that lives elsewhere: it adds nothing.
         """
-        if not self.in_fp8(hidden_states):
-            return super().forward(hidden_states, top_k_index, top_k_weights)
+        if factors or not self.in_fp8(hidden_states):
+            return super().forward(hidden_states, top_k_index, top_k_weights, factors)
         codes = input_codes(hidden_states, self.fp8.recipe.scale_fmt, self.fp8.statistics)
         # The weights as their module computes them: a wrapper's hooks are on the parameters' way here.
         stacks = (self.gate_up_proj, self.down_proj)
