@@ -47,7 +47,8 @@ def _decode_fake(hidden, gate_up, down, index, weights, backend):
     _decode_fake,
 )
 def _decode(hidden, gate_up, down, index, weights, backend):
-    """Four launches: sort, up with gather and SwiGLU, down, weighted sum. Each weight that is hit is read once."""
+    """Four launches: sort, up with gather and SwiGLU, down, weighted sum; two for one token. Each weight that is hit is
+    read once."""
     reasons = _reasons(hidden.device)
     if any(t.stride(-1) != 1 for t in (hidden, gate_up, down)):
         reasons["triton"] = reasons["triton"] or "a last dimension that is not dense"
@@ -55,6 +56,10 @@ def _decode(hidden, gate_up, down, index, weights, backend):
         reasons["triton"] = reasons["triton"] or f"{hidden.dtype}"
     if dispatch.choose(OPERATION, reasons, backend, hidden.device) == "torch":
         return _decode_reference(hidden, gate_up, down, index, weights)
+    if index.shape[0] == 1 and hidden.dtype == gate_up.dtype:
+        from .triton.launch_single import chosen_experts
+
+        return chosen_experts(hidden, None, 0.0, gate_up, down, index, weights)
     from .triton.launch_grouped import grouped_rows_few
     from .triton.launch_permute import combine, sort_pairs
 
@@ -110,7 +115,8 @@ def _step(hidden, gate_up, down, index, weights, shared_gate, shared_up, shared_
     return combine(out, inverse, offsets, weights.contiguous(), tokens, gate_up.shape[0], True, residual.contiguous())
 
 
-def _is_silu(act_fn) -> bool:
+def is_silu(act_fn: Callable) -> bool:
+    """Whether it is the activation that kernels compute."""
     return act_fn is F.silu or isinstance(act_fn, torch.nn.SiLU) or type(act_fn).__name__ == "SiLUActivation"
 
 
@@ -118,7 +124,7 @@ def _is_decode(hidden, gate_up, down, index, weights, act_fn) -> bool:
     """Whether the fused form serves: few rows an expert, SwiGLU, no gradient wanted."""
     if torch.is_grad_enabled() and any(t.requires_grad for t in (hidden, gate_up, down, weights)):
         return False
-    if not _is_silu(act_fn) or not hidden.dtype == gate_up.dtype == down.dtype:
+    if not is_silu(act_fn) or not hidden.dtype == gate_up.dtype == down.dtype:
         return False
     return 0 < index.numel() <= FEW_ROWS * gate_up.shape[0]
 

@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..configuration.layout import is_moe_layer
-from ..kernels import rms_norm
+from ..kernels import is_single, rms_norm
 from .attention import DeepseekV3Attention
 from .layers import DeepseekV3MLP, DeepseekV3RMSNorm, is_bare, on_kernels
 from .moe import DeepseekV3MoE
@@ -51,6 +51,12 @@ class DeepseekV3DecoderLayer(GradientCheckpointingLayer):
                 the layer as outputs so that they are counted once under activation checkpointing.
             token_mask: [B, T], True for the tokens that the statistics count.
         """
+        spans = kwargs.get("mla_spans")
+        joined = None
+        if spans is not None and spans.extension is not None and not router_statistics:
+            joined = self._single(hidden_states, position_embeddings, past_key_values, spans)
+        if joined is not None:
+            return joined
         attended, _ = self.self_attn(
             self.input_layernorm(hidden_states),
             position_embeddings=position_embeddings,
@@ -68,11 +74,22 @@ class DeepseekV3DecoderLayer(GradientCheckpointingLayer):
         if router_statistics and isinstance(self.mlp, DeepseekV3MoE):
             output, balance_loss, load = self.mlp.forward_with_statistics(normed, token_mask)
             return hidden_states + output, balance_loss, load
-        joined = None
         if fused and is_bare(self.mlp, DeepseekV3MoE):
             joined = self.mlp.step(normed, hidden_states)
         hidden_states = hidden_states + self.mlp(normed) if joined is None else joined
         return (hidden_states, None, None) if router_statistics else hidden_states
+
+    def _single(self, token: torch.Tensor, angles: Any, cache: Any, spans: Any) -> torch.Tensor | None:
+        """The layer of a single token [1, 1, D] through the kernels that do most at once; None where the modules must
+        be called."""
+        if not is_single(token) or not on_kernels(token) or not isinstance(self.self_attn, DeepseekV3Attention):
+            return None
+        attended = self.self_attn.single(self.input_layernorm, token, angles, cache, spans)
+        if attended is None:
+            return None
+        norm, mlp = self.post_attention_layernorm, self.mlp
+        joined = mlp.single(norm, attended) if isinstance(mlp, DeepseekV3MoE | DeepseekV3MLP) else None
+        return attended + mlp(norm(attended)) if joined is None else joined
 
 
 class DeepseekV3SharedHead(nn.Module):

@@ -7,8 +7,9 @@ import torch
 import triton
 
 from ..dispatch import capability, processors
+from ..tuning import active as tuning
 from ..tuning import bucket
-from .launching import cdiv, next_power_of_2
+from .launching import Launcher, cdiv, next_power_of_2
 from .mla import mla_combine, mla_split
 from .mla_fp8 import mla_split_fp8, widen_latents
 from .tilings import (
@@ -28,6 +29,8 @@ NO_WINDOW = 1 << 30
 # Query rows times cached slots up to which the two halves are the faster ones: 128 heads over 16,384 slots.
 LITTLE = 128 << 14
 LOG2_E = 1.4426950408889634
+
+_combine = Launcher(mla_combine)
 
 
 def tiling_for(rows: int, rank: int, fp8: bool, hopper: bool, aligned: bool, by_hand: bool) -> AttentionTiling:
@@ -96,75 +99,90 @@ def choose_tiling(q_latent, latent, rope, fp8):
 LISTED = {FEW_ROWS: "mla_few", SMALL_CARD: "mla_few", MANY_ROWS_BY_HAND: "mla_by_hand"}
 
 
-def _split(grid, tiling, q_latent, q_rope, latent, rope, latent_scale, lengths, starts, partial, partial_lse, sizes):
-    """Launch the kernel of the tiling over ``grid``: row tiles, splits, batch."""
+def _split(tiling, tiles, splits, q_latent, q_rope, latent, rope, latent_scale, lengths, starts, results, numbers):
+    """Launch the kernel of the tiling; results: partial and partial_lse; numbers: queries, heads, scale, window."""
+    queries, heads, scale, window = numbers
     tensors = (q_latent, q_rope, latent, rope)
-    results = (lengths, starts, partial, partial_lse)
     strides = (*q_latent.stride()[:3], *q_rope.stride()[:3], *latent.stride()[:2], *rope.stride()[:2])
-    options = {"LENGTHS": lengths is not None, "STARTS": starts is not None, "num_warps": tiling.warps}
+    options = {"LENGTHS": lengths is not None, "STARTS": starts is not None}
+    warps = {"num_warps": tiling.warps}
     widths = {"C": latent.shape[2], "R": rope.shape[2]}
-    blocks = {"BLOCK_M": tiling.rows, "BLOCK_N": tiling.slots}
     if latent_scale is not None:
-        arguments = (*tensors, latent_scale, *results, *sizes, *strides, *latent_scale.stride())
+        tensors, strides = (*tensors, latent_scale), (*strides, *latent_scale.stride())
         if tiling.gluon:
-            from .mla_fp8_hopper import mla_split_fp8_hopper
-
-            mla_split_fp8_hopper[grid](*arguments, WARPS=tiling.warps, **options)
+            name, constants = "mla_split_fp8_hopper", options | {"WARPS": tiling.warps} | warps
         else:
-            mla_split_fp8[grid](*arguments, **widths, **blocks, **options)
-        return
-    arguments = (*tensors, *results, *sizes, *strides)
-    if tiling.gluon:
+            blocks = {"BLOCK_M": tiling.rows, "BLOCK_N": tiling.slots}
+            name, constants = "mla_split_fp8", widths | blocks | options | warps
+    elif tiling.gluon:
+        name, constants = "mla_split_hopper", widths | options | warps
+    else:
+        blocks = {"HALVES": tiling.halves, "BLOCK_M": tiling.rows, "BLOCK_N": tiling.slots, "TMA": tiling.tma}
+        name, constants = "mla_split", widths | blocks | options | {"STAGES": tiling.stages} | warps
+    _launcher(name)(
+        (tiles, splits, q_latent.shape[0]), (*tensors, lengths, starts, *results),
+        (queries, heads, scale * LOG2_E, *strides), (latent.shape[1], splits, window or NO_WINDOW), **constants,
+    )  # fmt: skip
+
+
+@functools.cache
+def _launcher(name):
+    """Of a kernel by its name; those in Gluon are imported where they run."""
+    if name == "mla_split_hopper":
         from .mla_hopper import mla_split_hopper
 
-        mla_split_hopper[grid](*arguments, **widths, **options)
-    else:
-        more = {"HALVES": tiling.halves, "TMA": tiling.tma, "STAGES": tiling.stages}
-        mla_split[grid](*arguments, **widths, **blocks, **more, **options)
+        return Launcher(mla_split_hopper)
+    if name == "mla_split_fp8_hopper":
+        from .mla_fp8_hopper import mla_split_fp8_hopper
+
+        return Launcher(mla_split_fp8_hopper)
+    return Launcher({"mla_split": mla_split, "mla_split_fp8": mla_split_fp8}[name])
+
+
+def attend(q_latent, q_rope, latent, rope, scale, lengths, starts, latent_scale, sliding_window, tiling=None):
+    """The splits of ``mla_decode``: partial [B, T * H, splits, C], partial_lse [B, T * H, splits] and their number.
+
+    One split is the result itself, in the queries' dtype; several are float32.
+    """
+    batch, queries, heads, rank = q_latent.shape
+    slots, device, rows = latent.shape[1], q_latent.device, queries * heads
+    if latent_scale is not None and (rows > FEW_ROWS_FP8.rows or rope.dtype != q_latent.dtype):
+        latent, rope = widen(latent, latent_scale, q_latent.dtype, lengths, starts), rope.to(q_latent.dtype)
+        latent_scale = None
+    given = (q_latent, q_rope, latent, rope, latent_scale, lengths, starts)
+    if tiling is None:
+        tiling = choose_tiling(q_latent, latent, rope, latent_scale is not None)
+        if tiling in LISTED and tuning():
+            again = functools.partial(
+                attend, q_latent, q_rope, latent, rope, scale, lengths, starts, latent_scale, sliding_window
+            )
+            sizes = {"batch": bucket(batch), "rows": rows, "slots": bucket(slots), "rank": rank}
+            tiling = tuned(LISTED[tiling], tiling, latent, again, **sizes)
+    tiles = cdiv(rows, tiling.rows) * tiling.halves
+    on_gpu = device.type == "cuda"
+    splits = splits_for(tiles * batch, slots, tiling, processors(device.index) if on_gpu else 7)
+    dtype = torch.float32 if splits > 1 else q_latent.dtype
+    partial = torch.empty(batch, rows, splits, rank, dtype=dtype, device=device)
+    partial_lse = torch.empty(batch, rows, splits, dtype=torch.float32, device=device)
+    if tiling.tma and on_gpu:
+        triton.set_allocator(scratch)
+    _split(tiling, tiles, splits, *given, (partial, partial_lse), (queries, heads, scale, sliding_window))
+    return partial, partial_lse, splits
 
 
 def mla_decode(q_latent, q_rope, latent, rope, scale, lengths, starts, latent_scale, sliding_window, tiling=None):
     """See ``deepseek_v3.kernels.mla_decode``; all tensors' last dimensions are dense."""
     batch, queries, heads, rank = q_latent.shape
-    slots, device, rows = latent.shape[1], q_latent.device, queries * heads
-    on_gpu = device.type == "cuda"
-    if latent_scale is not None and (rows > FEW_ROWS_FP8.rows or rope.dtype != q_latent.dtype):
-        latent, rope = widen(latent, latent_scale, q_latent.dtype, lengths, starts), rope.to(q_latent.dtype)
-        latent_scale = None
-    if tiling is None:
-        tiling = choose_tiling(q_latent, latent, rope, latent_scale is not None)
-        if tiling in LISTED:
-            again = functools.partial(
-                mla_decode, q_latent, q_rope, latent, rope, scale, lengths, starts, latent_scale, sliding_window
-            )
-            listed = LISTED[tiling]
-            tiling = tuned(
-                listed, tiling, latent, again, batch=bucket(batch), rows=rows, slots=bucket(slots), rank=rank
-            )
-    tiles = cdiv(rows, tiling.rows) * tiling.halves
-    splits = splits_for(tiles * batch, slots, tiling, processors(device.index) if on_gpu else 7)
-    out = torch.empty(q_latent.shape, dtype=q_latent.dtype, device=device)
-    lse = torch.empty(batch, queries, heads, dtype=torch.float32, device=device)
-    partial, partial_lse = out, lse
-    if splits > 1:
-        partial = torch.empty(batch, rows, splits, rank, dtype=torch.float32, device=device)
-        partial_lse = torch.empty(batch, rows, splits, dtype=torch.float32, device=device)
-    if tiling.tma and on_gpu:
-        triton.set_allocator(scratch)
-    sizes = (queries, heads, slots, splits, sliding_window or NO_WINDOW, scale * LOG2_E)
-    grid = (tiles, splits, batch)
-    _split(grid, tiling, q_latent, q_rope, latent, rope, latent_scale, lengths, starts, partial, partial_lse, sizes)
-    if splits > 1:
-        cols = min(rank, 128)
-        mla_combine[(batch * rows, rank // cols)](
-            partial,
-            partial_lse,
-            out,
-            lse,
-            splits,
-            C=rank,
-            COLS=cols,
-            SPLITS=next_power_of_2(splits),
-            num_warps=4,
-        )
+    partial, partial_lse, splits = attend(
+        q_latent, q_rope, latent, rope, scale, lengths, starts, latent_scale, sliding_window, tiling
+    )
+    if splits == 1:
+        return partial.view(q_latent.shape), partial_lse.view(batch, queries, heads)
+    out = torch.empty(q_latent.shape, dtype=q_latent.dtype, device=q_latent.device)
+    lse = torch.empty(batch, queries, heads, dtype=torch.float32, device=q_latent.device)
+    cols = min(rank, 128)
+    _combine(
+        (batch * queries * heads, rank // cols, 1), (partial, partial_lse, out, lse), (), (splits,),
+        C=rank, COLS=cols, SPLITS=next_power_of_2(splits), num_warps=4,
+    )  # fmt: skip
     return out, lse
