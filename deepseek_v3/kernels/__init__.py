@@ -24,7 +24,7 @@ from .quantize import (
     quantize_weight,
     transpose_codes,
 )
-from .single import AttentionWeights, Norm, Router, is_single, single_attention, single_experts, single_mlp
+from .single import AttentionWeights, Norm, Router, SingleAttention, SingleExperts, SingleMLP, is_single
 from .step import absorb_outputs, absorb_queries, norm_and_write, rope_angles
 from .tuning import autotune
 
@@ -67,9 +67,9 @@ __all__ = [
     "rotate_queries",
     "route",
     "Router",
-    "single_attention",
-    "single_experts",
-    "single_mlp",
+    "SingleAttention",
+    "SingleExperts",
+    "SingleMLP",
     "sort_pairs",
     "swiglu_backward",
     "unpack_e5m6",

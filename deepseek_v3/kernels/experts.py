@@ -57,9 +57,10 @@ def _decode(hidden, gate_up, down, index, weights, backend):
     if dispatch.choose(OPERATION, reasons, backend, hidden.device) == "torch":
         return _decode_reference(hidden, gate_up, down, index, weights)
     if index.shape[0] == 1 and hidden.dtype == gate_up.dtype:
-        from .triton.launch_single import chosen_experts
+        from .triton.launch_single import ChosenExperts, aligned
 
-        return chosen_experts(hidden, None, 0.0, gate_up, down, index, weights)
+        given = (hidden.contiguous(), index.contiguous(), weights.contiguous())
+        return ChosenExperts(gate_up, down, index.shape[1])(*given, sure=aligned(*given))
     from .triton.launch_grouped import grouped_rows_few
     from .triton.launch_permute import combine, sort_pairs
 

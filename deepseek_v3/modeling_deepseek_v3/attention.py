@@ -17,21 +17,19 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..kernels import (
-    AttentionWeights,
     absorb_outputs,
     absorb_queries,
     join_keys,
     mla_decode,
     norm_and_write,
     rotate_queries,
-    single_attention,
     write_latents,
 )
 from ..quantization import FP8Linear
 from .cache import LatentCache, joint_latents
 from .cache_layers import Extension
 from .latents import Latents
-from .layers import DeepseekV3RMSNorm, is_bare, lent_matrix, lent_norm
+from .layers import DeepseekV3RMSNorm, is_bare
 from .rope import apply_rope, softmax_scale
 
 # Bytes of expanded keys and values, and of what they are made of, that exist at once where no gradient is asked for.
@@ -294,44 +292,6 @@ class DeepseekV3Attention(nn.Module):
         """Whether the norms inside may be read as weights, as `_decode` does."""
         norms = (self.q_a_layernorm, self.kv_a_layernorm) if self._low_rank_query else (self.kv_a_layernorm,)
         return all(is_bare(norm, DeepseekV3RMSNorm) for norm in norms)
-
-    def single(
-        self,
-        norm: nn.Module,
-        token: torch.Tensor,
-        angles: tuple[torch.Tensor, torch.Tensor],
-        cache: Any,
-        spans: Spans,
-    ) -> torch.Tensor | None:
-        """`token + self(norm(token))` of a single token [1, 1, D] whose latent a kernel writes to a `LatentCache`; None
-        where the modules must be called."""
-        weights = self._lent(norm, token.dtype)
-        if weights is None:
-            return None
-        assert spans.extension is not None
-        held = cache.extend(self.layer_idx, spans.extension)
-        return single_attention(
-            token, weights, self.num_heads, held.latent, held.rope, angles, spans.extension.slots,
-            softmax_scale=self.scaling, scale=held.scale, lengths=spans.lengths, starts=spans.starts,
-            sliding_window=spans.window, interleave=self._interleave,
-        )  # fmt: skip
-
-    def _lent(self, norm: nn.Module, dtype: torch.dtype) -> AttentionWeights | None:
-        """All that a step reads of this and of the norm before it; None where something wraps any of it."""
-        own = self._modules
-        names = ("kv_a_proj_with_mqa", "q_b_proj" if self._low_rank_query else "q_proj", "kv_b_proj", "o_proj")
-        norms = [norm, own["kv_a_layernorm"]]
-        if self._low_rank_query:
-            names, norms = (*names, "q_a_proj"), [*norms, own["q_a_layernorm"]]
-        if not is_bare(self, DeepseekV3Attention):
-            return None
-        matrices = [lent_matrix(own[name], dtype) for name in names]  # type: ignore[arg-type]
-        lent: list[Any] = [lent_norm(each, dtype) for each in norms]  # type: ignore[arg-type]
-        if any(each is None for each in (*matrices, *lent)):
-            return None
-        kv_a, q_b, kv_b, o, q_a = (*matrices, None)[:5]
-        before, kv_norm, q_norm = (*lent, None)[:3]
-        return AttentionWeights(before, q_a, q_norm, kv_a, kv_norm, q_b, kv_b, o)  # type: ignore[arg-type]
 
     def _decode(
         self, hidden_states: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], cache: Any, spans: Spans

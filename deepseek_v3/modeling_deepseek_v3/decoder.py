@@ -15,6 +15,7 @@ from ..kernels import is_single, rms_norm
 from .attention import DeepseekV3Attention
 from .layers import DeepseekV3MLP, DeepseekV3RMSNorm, is_bare, on_kernels
 from .moe import DeepseekV3MoE
+from .single import Steps
 
 # The layer's output, or that and the router's balance loss and load (None from a dense layer).
 LayerOutput = torch.Tensor | tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
@@ -29,6 +30,7 @@ class DeepseekV3DecoderLayer(GradientCheckpointingLayer):
         self.mlp = DeepseekV3MoE(config) if is_moe_layer(config, layer_idx) else DeepseekV3MLP(config)
         self.input_layernorm = DeepseekV3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = DeepseekV3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self._steps = Steps()
 
     def forward(
         self,
@@ -51,8 +53,7 @@ class DeepseekV3DecoderLayer(GradientCheckpointingLayer):
                 the layer as outputs so that they are counted once under activation checkpointing.
             token_mask: [B, T], True for the tokens that the statistics count.
         """
-        spans = kwargs.get("mla_spans")
-        joined = None
+        spans, joined = kwargs.get("mla_spans"), None
         if spans is not None and spans.extension is not None and not router_statistics:
             joined = self._single(hidden_states, position_embeddings, past_key_values, spans)
         if joined is not None:
@@ -80,16 +81,22 @@ class DeepseekV3DecoderLayer(GradientCheckpointingLayer):
         return (hidden_states, None, None) if router_statistics else hidden_states
 
     def _single(self, token: torch.Tensor, angles: Any, cache: Any, spans: Any) -> torch.Tensor | None:
-        """The layer of a single token [1, 1, D] through the kernels that do most at once; None where the modules must
-        be called."""
-        if not is_single(token) or not on_kernels(token) or not isinstance(self.self_attn, DeepseekV3Attention):
+        """The layer for a single token [1, 1, D] whose latent a kernel writes to the cache; None where the modules
+        must be called."""
+        if not on_kernels(token) or not is_single(token):
             return None
-        attended = self.self_attn.single(self.input_layernorm, token, angles, cache, spans)
-        if attended is None:
+        attention = self._steps.attention(self, token.dtype)
+        if attention is None:
             return None
-        norm, mlp = self.post_attention_layernorm, self.mlp
-        joined = mlp.single(norm, attended) if isinstance(mlp, DeepseekV3MoE | DeepseekV3MLP) else None
-        return attended + mlp(norm(attended)) if joined is None else joined
+        held, slots = cache.extend(self.self_attn.layer_idx, spans.extension), spans.extension.slots
+        seen: Any = {"lengths": spans.lengths, "starts": spans.starts, "sliding_window": spans.window}
+        token = attention(token, held.latent, held.rope, angles, slots, scale=held.scale, **seen)
+        mlp = self._steps.mlp(self, token.dtype)
+        return token + self.mlp(self.post_attention_layernorm(token)) if mlp is None else mlp(token)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._steps = Steps()  # which hold what is moved or cast here
+        return super()._apply(fn, recurse)
 
 
 class DeepseekV3SharedHead(nn.Module):

@@ -3,14 +3,12 @@
 Letters: D hidden, F inner width.
 """
 
-from typing import Any
-
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
-from ..kernels import Norm, is_silu, rms_norm, single_mlp
+from ..kernels import rms_norm
 
 
 def on_kernels(x: torch.Tensor) -> bool:
@@ -30,22 +28,6 @@ def is_bare(module: nn.Module, kind: type) -> bool:
     )
 
 
-def lent_matrix(linear: nn.Module, dtype: torch.dtype) -> torch.Tensor | None:
-    """The weight of a linear without bias; None where the linear must be called."""
-    if not is_bare(linear, nn.Linear) or linear.bias is not None:
-        return None
-    weight: torch.Tensor = linear._parameters["weight"]  # type: ignore[assignment]
-    return weight if weight.dtype == dtype else None
-
-
-def lent_norm(norm: nn.Module, dtype: torch.dtype) -> Norm | None:
-    """What an RMSNorm does; None where it must be called."""
-    if not is_bare(norm, DeepseekV3RMSNorm):
-        return None
-    weight: torch.Tensor = norm._parameters["weight"]  # type: ignore[assignment]
-    return Norm(weight, norm.variance_epsilon) if weight.dtype == dtype else None  # type: ignore[arg-type]
-
-
 class DeepseekV3RMSNorm(nn.Module):
     """Root-mean-square norm over the last dimension, computed in float32, weight only."""
 
@@ -56,7 +38,7 @@ class DeepseekV3RMSNorm(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if on_kernels(hidden_states):
-            return rms_norm(hidden_states, self.weight, self.variance_epsilon)
+            return rms_norm(hidden_states, self.weight, self.variance_epsilon)  # type: ignore[return-value]
         input_dtype = hidden_states.dtype
         hidden_states = hidden_states.to(torch.float32)
         variance = hidden_states.pow(2).mean(-1, keepdim=True)
@@ -82,22 +64,6 @@ class DeepseekV3MLP(nn.Module):
         """Whether the three matrices may be read instead of calling this."""
         linears = (self.gate_proj, self.up_proj, self.down_proj)
         return is_bare(self, DeepseekV3MLP) and all(is_bare(linear, nn.Linear) for linear in linears)
-
-    def lent(self, dtype: torch.dtype) -> tuple[Any, Any, Any] | None:
-        """The matrices gate, up and down; None where this must be called."""
-        own = self._modules
-        if not is_bare(self, DeepseekV3MLP) or not is_silu(self.act_fn):
-            return None
-        names = ("gate_proj", "up_proj", "down_proj")
-        matrices = tuple(lent_matrix(own[name], dtype) for name in names)  # type: ignore[arg-type]
-        return None if any(matrix is None for matrix in matrices) else matrices  # type: ignore[return-value]
-
-    def single(self, norm: nn.Module, token: torch.Tensor) -> torch.Tensor | None:
-        """`token + self(norm(token))` of a single token [1, 1, D]; None where the modules must be called."""
-        lent_by_norm, matrices = lent_norm(norm, token.dtype), self.lent(token.dtype)
-        if lent_by_norm is None or matrices is None:
-            return None
-        return single_mlp(token, lent_by_norm, *matrices)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))

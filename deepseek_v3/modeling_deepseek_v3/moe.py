@@ -15,10 +15,10 @@ from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
-from ..kernels import Router, experts_step, is_silu, is_step, route, single_experts
+from ..kernels import Router, experts_step, is_step, route
 from ..quantization import fuse_official_names
 from ..quantization.adapted import Factors, adapters_on, frozen_experts, frozen_product, single_factors
-from .layers import DeepseekV3MLP, is_bare, lent_norm, on_kernels
+from .layers import DeepseekV3MLP, is_bare, on_kernels
 
 
 class WideProduct(torch.autograd.Function):
@@ -74,7 +74,9 @@ class DeepseekV3TopkRouter(nn.Module):
     def as_router(self) -> Router:
         """What this does, for a kernel."""
         groups = (self.num_group, self.topk_group, self.top_k)
-        return Router(self.weight, self.e_score_correction_bias, *groups, self.norm_topk_prob, self.routed_scaling_factor)
+        return Router(
+            self.weight, self.e_score_correction_bias, *groups, self.norm_topk_prob, self.routed_scaling_factor
+        )
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Route [.., D] tokens: raw logits [n, E], weights [n, K] (both float32) and expert indices [n, K]."""
@@ -287,21 +289,6 @@ class DeepseekV3MoE(nn.Module):
             return residual + self._joined(hidden_states, indices, weights)
         own = (weight, shared.up_proj.weight, shared.down_proj.weight)
         return experts_step(experts, tokens, indices, weights, own, residual.view_as(tokens)).view_as(residual)
-
-    def single(self, norm: nn.Module, token: torch.Tensor) -> torch.Tensor | None:
-        """`token + self(norm(token))` of a single token [1, 1, D]; None where the modules must be called."""
-        gate, experts, shared = self.gate, self.experts, self.shared_experts
-        if self.config._experts_implementation != "deepseek_v3" or shared is None:
-            return None
-        bare = is_bare(self, DeepseekV3MoE) and is_bare(gate, DeepseekV3TopkRouter)
-        if not bare or not is_bare(experts, DeepseekV3Experts) or experts._is_expert_parallel:
-            return None
-        lent_by_norm, own = lent_norm(norm, token.dtype), shared.lent(token.dtype)
-        stacks = (experts.gate_up_proj, experts.down_proj)
-        same = all(weight.dtype == token.dtype for weight in (gate.weight, *stacks))
-        if lent_by_norm is None or own is None or not same or not is_silu(experts.act_fn):
-            return None
-        return single_experts(token, lent_by_norm, gate.as_router(), *stacks, own)
 
     def _routed(self, tokens: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         if not (tokens.requires_grad and tokens.device.type == "cpu"):

@@ -7,7 +7,6 @@ import torch
 import triton
 
 from ..dispatch import capability, processors
-from ..tuning import active as tuning
 from ..tuning import bucket
 from .launching import Launcher, cdiv, next_power_of_2
 from .mla import mla_combine, mla_split
@@ -99,30 +98,29 @@ def choose_tiling(q_latent, latent, rope, fp8):
 LISTED = {FEW_ROWS: "mla_few", SMALL_CARD: "mla_few", MANY_ROWS_BY_HAND: "mla_by_hand"}
 
 
-def _split(tiling, tiles, splits, q_latent, q_rope, latent, rope, latent_scale, lengths, starts, results, numbers):
-    """Launch the kernel of the tiling; results: partial and partial_lse; numbers: queries, heads, scale, window."""
-    queries, heads, scale, window = numbers
-    tensors = (q_latent, q_rope, latent, rope)
+def split_kernel(tiling, q_latent, q_rope, latent, rope, latent_scale, lengths, starts, scale):
+    """The launcher of the tiling's kernel, and its numbers and constants for these tensors."""
+    batch, queries, heads, _ = q_latent.shape
     strides = (*q_latent.stride()[:3], *q_rope.stride()[:3], *latent.stride()[:2], *rope.stride()[:2])
+    if batch == 1:
+        # The one row is at no distance, and a cache that grows is no other kernel's.
+        strides = (0, *strides[1:3], 0, *strides[4:6], 0, strides[7], 0, strides[9])
     options = {"LENGTHS": lengths is not None, "STARTS": starts is not None}
     warps = {"num_warps": tiling.warps}
     widths = {"C": latent.shape[2], "R": rope.shape[2]}
+    blocks = {"BLOCK_M": tiling.rows, "BLOCK_N": tiling.slots}
     if latent_scale is not None:
-        tensors, strides = (*tensors, latent_scale), (*strides, *latent_scale.stride())
+        strides = (*strides, *latent_scale.stride())
         if tiling.gluon:
             name, constants = "mla_split_fp8_hopper", options | {"WARPS": tiling.warps} | warps
         else:
-            blocks = {"BLOCK_M": tiling.rows, "BLOCK_N": tiling.slots}
             name, constants = "mla_split_fp8", widths | blocks | options | warps
     elif tiling.gluon:
         name, constants = "mla_split_hopper", widths | options | warps
     else:
-        blocks = {"HALVES": tiling.halves, "BLOCK_M": tiling.rows, "BLOCK_N": tiling.slots, "TMA": tiling.tma}
-        name, constants = "mla_split", widths | blocks | options | {"STAGES": tiling.stages} | warps
-    _launcher(name)(
-        (tiles, splits, q_latent.shape[0]), (*tensors, lengths, starts, *results),
-        (queries, heads, scale * LOG2_E, *strides), (latent.shape[1], splits, window or NO_WINDOW), **constants,
-    )  # fmt: skip
+        more = {"HALVES": tiling.halves, "TMA": tiling.tma, "STAGES": tiling.stages}
+        name, constants = "mla_split", widths | blocks | options | more | warps
+    return _launcher(name), (queries, heads, scale * LOG2_E, *strides), constants
 
 
 @functools.cache
@@ -139,50 +137,70 @@ def _launcher(name):
     return Launcher({"mla_split": mla_split, "mla_split_fp8": mla_split_fp8}[name])
 
 
-def attend(q_latent, q_rope, latent, rope, scale, lengths, starts, latent_scale, sliding_window, tiling=None):
-    """The splits of ``mla_decode``: partial [B, T * H, splits, C], partial_lse [B, T * H, splits] and their number.
+def plan(q_latent, latent, rope, fp8, tune=None):
+    """The tiling for these inputs, how many tiles of rows it makes, and in how many splits the cache is read.
+
+    tune: where timing may choose, what launches with ``tiling=``.
+    """
+    batch, queries, heads, rank = q_latent.shape
+    slots, device, rows = latent.shape[1], q_latent.device, queries * heads
+    tiling = choose_tiling(q_latent, latent, rope, fp8)
+    if tune is not None and tiling in LISTED:
+        sizes = {"batch": bucket(batch), "rows": rows, "slots": bucket(slots), "rank": rank}
+        tiling = tuned(LISTED[tiling], tiling, latent, tune, **sizes)
+    return (tiling, *tiles_and_splits(tiling, batch, rows, slots, device))
+
+
+def tiles_and_splits(tiling, batch, rows, slots, device):
+    """Tiles of rows, and splits of the cached length."""
+    tiles = cdiv(rows, tiling.rows) * tiling.halves
+    multiprocessors = processors(device.index) if device.type == "cuda" else 7
+    return tiles, splits_for(tiles * batch, slots, tiling, multiprocessors)
+
+
+def rooms(q_latent, splits):
+    """Where the splits' results go: partial [B, T * H, splits, C] and partial_lse [B, T * H, splits].
 
     One split is the result itself, in the queries' dtype; several are float32.
     """
     batch, queries, heads, rank = q_latent.shape
-    slots, device, rows = latent.shape[1], q_latent.device, queries * heads
-    if latent_scale is not None and (rows > FEW_ROWS_FP8.rows or rope.dtype != q_latent.dtype):
-        latent, rope = widen(latent, latent_scale, q_latent.dtype, lengths, starts), rope.to(q_latent.dtype)
-        latent_scale = None
-    given = (q_latent, q_rope, latent, rope, latent_scale, lengths, starts)
-    if tiling is None:
-        tiling = choose_tiling(q_latent, latent, rope, latent_scale is not None)
-        if tiling in LISTED and tuning():
-            again = functools.partial(
-                attend, q_latent, q_rope, latent, rope, scale, lengths, starts, latent_scale, sliding_window
-            )
-            sizes = {"batch": bucket(batch), "rows": rows, "slots": bucket(slots), "rank": rank}
-            tiling = tuned(LISTED[tiling], tiling, latent, again, **sizes)
-    tiles = cdiv(rows, tiling.rows) * tiling.halves
-    on_gpu = device.type == "cuda"
-    splits = splits_for(tiles * batch, slots, tiling, processors(device.index) if on_gpu else 7)
+    shape = (batch, queries * heads, splits)
     dtype = torch.float32 if splits > 1 else q_latent.dtype
-    partial = torch.empty(batch, rows, splits, rank, dtype=dtype, device=device)
-    partial_lse = torch.empty(batch, rows, splits, dtype=torch.float32, device=device)
-    if tiling.tma and on_gpu:
-        triton.set_allocator(scratch)
-    _split(tiling, tiles, splits, *given, (partial, partial_lse), (queries, heads, scale, sliding_window))
-    return partial, partial_lse, splits
+    partial = torch.empty(*shape, rank, dtype=dtype, device=q_latent.device)
+    return partial, torch.empty(shape, dtype=torch.float32, device=q_latent.device)
 
 
 def mla_decode(q_latent, q_rope, latent, rope, scale, lengths, starts, latent_scale, sliding_window, tiling=None):
     """See ``deepseek_v3.kernels.mla_decode``; all tensors' last dimensions are dense."""
     batch, queries, heads, rank = q_latent.shape
-    partial, partial_lse, splits = attend(
-        q_latent, q_rope, latent, rope, scale, lengths, starts, latent_scale, sliding_window, tiling
+    rows = queries * heads
+    if latent_scale is not None and (rows > FEW_ROWS_FP8.rows or rope.dtype != q_latent.dtype):
+        latent, rope = widen(latent, latent_scale, q_latent.dtype, lengths, starts), rope.to(q_latent.dtype)
+        latent_scale = None
+    if tiling is None:
+        again = functools.partial(
+            mla_decode, q_latent, q_rope, latent, rope, scale, lengths, starts, latent_scale, sliding_window
+        )
+        tiling, tiles, splits = plan(q_latent, latent, rope, latent_scale is not None, again)
+    else:
+        tiles, splits = tiles_and_splits(tiling, batch, rows, latent.shape[1], q_latent.device)
+    partial, partial_lse = rooms(q_latent, splits)
+    if tiling.tma and q_latent.is_cuda:
+        triton.set_allocator(scratch)
+    coded = () if latent_scale is None else (latent_scale,)
+    launch, numbers, constants = split_kernel(
+        tiling, q_latent, q_rope, latent, rope, latent_scale, lengths, starts, scale
     )
+    tensors = (q_latent, q_rope, latent, rope, *coded, lengths, starts, partial, partial_lse)
+    changing = (latent.shape[1], splits, sliding_window or NO_WINDOW)
+    launch((tiles, splits, batch), tensors, numbers, changing, **constants)
     if splits == 1:
         return partial.view(q_latent.shape), partial_lse.view(batch, queries, heads)
     out = torch.empty(q_latent.shape, dtype=q_latent.dtype, device=q_latent.device)
     lse = torch.empty(batch, queries, heads, dtype=torch.float32, device=q_latent.device)
     cols = min(rank, 128)
     _combine(
-        (batch * queries * heads, rank // cols, 1), (partial, partial_lse, out, lse), (), (splits,),
+        (batch * rows, rank // cols, 1), (partial, partial_lse, out, lse), (), (splits,),
         C=rank, COLS=cols, SPLITS=next_power_of_2(splits), num_warps=4,
     )  # fmt: skip
     return out, lse

@@ -9,7 +9,7 @@ Deterministic: each number is summed by one program in one order.
 import triton
 import triton.language as tl
 
-from .norm import write_row
+from .norm import turned, write_row
 
 
 @triton.jit
@@ -104,12 +104,33 @@ def single_query(
         tl.store(out + row, result.to(out.dtype.element_ty), mask=row < rows)
 
 
+@triton.jit
+def single_absorb(
+    q, w, cos, sin, latent, rope, nope, rank, half, q_h, w_h, w_n,
+    INTERLEAVE: tl.constexpr, HALF: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """One head's query q[h], not rotated yet: latent[h] [rank] = q[h, :nope] times w[h] [nope, rank], and what follows
+    in q[h], turned, to rope[h] [2 half]."""
+    h = tl.program_id(0).to(tl.int64)
+    dtype: tl.constexpr = latent.dtype.element_ty
+    n = tl.arange(0, BLOCK_N)
+    col = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    matrix = weights(w + h * w_h, n, nope, w_n, col, rank)
+    vector = tl.load(q + h * q_h + n, mask=n < nope, other=0.0).to(tl.float32)
+    tl.store(latent + h * rank + col, tl.sum(matrix * vector[:, None], 0).to(dtype), mask=col < rank)
+    if tl.program_id(1) == 0:
+        first, second, lane, live = turned(q + h * q_h + nope, cos, sin, half, 0, INTERLEAVE, HALF, dtype)
+        tl.store(rope + h * 2 * half + lane, first, mask=live)
+        tl.store(rope + h * 2 * half + half + lane, second, mask=live)
+
+
 @triton.jit(do_not_specialize=["splits"])
 def single_values(
-    partial, partial_lse, w, out, rank, values, w_h, w_v, splits,
+    partial, partial_lse, w, out, rank, values, first, w_h, w_v, splits,
     C: tl.constexpr, BLOCK_S: tl.constexpr, SPLITS: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """One head: its splits joined, partial [H, splits, rank], and w[h] [values, rank] times that: out [H, values]."""
+    """One head: its splits joined, partial [H, splits, rank], and as many rows of w[h] as there are values, from first
+    on, times that: out [H, values]."""
     h = tl.program_id(0).to(tl.int64)
     dtype: tl.constexpr = out.dtype.element_ty
     every = tl.arange(0, SPLITS)
@@ -129,7 +150,7 @@ def single_values(
         mixed += tl.sum(part.to(tl.float32) * tl.exp(own - base)[:, None], 0)
     mixed = (mixed / tl.where(total == 0.0, 1.0, total)).to(dtype).to(tl.float32)
     row = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    matrix = weights(w + h * w_h, row, values, w_v, col, rank)
+    matrix = weights(w + h * w_h + tl.cast(first, tl.int64) * w_v, row, values, w_v, col, rank)
     tl.store(out + h * values + row, tl.sum(matrix * mixed[None, :], 1).to(dtype), mask=row < values)
 
 
