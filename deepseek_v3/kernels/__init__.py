@@ -26,6 +26,7 @@ from .quantize import (
 )
 from .single import AttentionWeights, Norm, Router, SingleAttention, SingleExperts, SingleMLP, is_single
 from .step import absorb_outputs, absorb_queries, norm_and_write, rope_angles
+from .swiglu import swiglu
 from .tuning import autotune
 
 __all__ = [
@@ -71,6 +72,7 @@ __all__ = [
     "SingleExperts",
     "SingleMLP",
     "sort_pairs",
+    "swiglu",
     "swiglu_backward",
     "unpack_e5m6",
     "transpose_codes",

@@ -15,6 +15,7 @@ from .grouped import grouped_gemm
 from .norm import TRITON_DTYPES
 from .permute import combine_pairs, gather_pairs, sort_pairs
 from .reference import experts as reference
+from .swiglu import swiglu
 
 OPERATION = "experts_decode"
 # Up to so many pairs an expert on average, the time is that of reading the weights.
@@ -47,8 +48,8 @@ def _decode_fake(hidden, gate_up, down, index, weights, backend):
     _decode_fake,
 )
 def _decode(hidden, gate_up, down, index, weights, backend):
-    """Four launches: sort, up with gather and SwiGLU, down, weighted sum; two for one token. Each weight that is hit is
-    read once."""
+    """Four launches: sort, up with gather and SwiGLU, down, weighted sum; two for one token. Each weight that is hit
+    is read once."""
     reasons = _reasons(hidden.device)
     if any(t.stride(-1) != 1 for t in (hidden, gate_up, down)):
         reasons["triton"] = reasons["triton"] or "a last dimension that is not dense"
@@ -222,5 +223,6 @@ def experts_forward(
     order, inverse, offsets = sort_pairs(top_k_index, gate_up.shape[0], backend=backend)
     x = gather_pairs(hidden, order, inverse, offsets, backend=backend)
     gate, up = grouped_gemm(x, gate_up, offsets, backend=backend).chunk(2, dim=-1)
-    y = grouped_gemm(self.act_fn(gate) * up, down, offsets, backend=backend)
+    act = swiglu(gate, up, backend=backend) if is_silu(self.act_fn) else self.act_fn(gate) * up
+    y = grouped_gemm(act, down, offsets, backend=backend)
     return combine_pairs(y, inverse, offsets, top_k_weights, backend=backend).view(hidden_states.shape)

@@ -30,8 +30,9 @@ JOINED = ("mla_decode", "decode_step", "norm_rope", "experts_decode", "route")
 
 
 def is_single(x: torch.Tensor) -> bool:
-    """Whether the objects here are to be used: x [B, T, D] is a single token, nothing is cast on the way, nothing looks
-    on (a compiler, a mode of torch's, a gradient), and nobody has asked for other back ends of what is joined here."""
+    """Whether the objects here are to be used: x [B, T, D] is a single token, nothing is cast on the way, nothing
+    looks on (a compiler, a mode of torch's, a gradient), and nobody has asked for other back ends of what is joined
+    here."""
     if x.numel() != x.shape[-1] or torch.is_autocast_enabled(x.device.type) or not dispatch.unwatched((x,)):
         return False
     narrowed = os.environ.get(dispatch.ENVIRONMENT)
@@ -83,9 +84,13 @@ class _Single:
         self._chosen: dict[Any, bool] = {}
         self._launches: Any = None
 
-    def _is_triton(self, x: torch.Tensor, latent: torch.Tensor | None = None, rope: torch.Tensor | None = None) -> bool:
+    def _is_triton(
+        self, x: torch.Tensor, latent: torch.Tensor | None = None, rope: torch.Tensor | None = None
+    ) -> bool:
         if x.dim() != 3 or x.shape[0] != 1 or x.shape[1] != 1 or x.dtype != self.dtype:
-            raise ValueError(f"{OPERATION} takes one token [1, 1, D] of {self.dtype}, got {tuple(x.shape)} of {x.dtype}")
+            raise ValueError(
+                f"{OPERATION} takes one token [1, 1, D] of {self.dtype}, got {tuple(x.shape)} of {x.dtype}"
+            )
         key = (os.environ.get(dispatch.ENVIRONMENT), x.device, None if latent is None else latent.dtype)
         chosen = self._chosen.get(key)
         if chosen is None:

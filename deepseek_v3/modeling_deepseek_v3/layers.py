@@ -8,7 +8,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
-from ..kernels import rms_norm
+from ..kernels import is_silu, rms_norm, swiglu
 
 
 def on_kernels(x: torch.Tensor) -> bool:
@@ -66,4 +66,6 @@ class DeepseekV3MLP(nn.Module):
         return is_bare(self, DeepseekV3MLP) and all(is_bare(linear, nn.Linear) for linear in linears)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        gate, up = self.gate_proj(hidden_states), self.up_proj(hidden_states)
+        fused = on_kernels(gate) and is_silu(self.act_fn) and gate.dtype == up.dtype
+        return self.down_proj(swiglu(gate, up) if fused else self.act_fn(gate) * up)

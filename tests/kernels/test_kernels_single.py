@@ -1,5 +1,5 @@
-"""A single token's step against float64 formulas: attention expanded over every head's own keys and values, experts one
-by one."""
+"""A single token's step against float64 formulas: attention expanded over every head's own keys and values, experts
+one by one."""
 
 import math
 
@@ -65,7 +65,10 @@ def test_experts(target, experts, groups, kept, top_k, scaling):
     width, inner, shared = 96, 40, 72
     x, gain, score = randn(target, 1, 1, width), randn(target, width), randn(target, experts, width, scale=0.2)
     bias = torch.randn(experts).to(target.device)
-    gate_up, down = randn(target, experts, 2 * inner, width, scale=0.1), randn(target, experts, width, inner, scale=0.2)
+    gate_up, down = (
+        randn(target, experts, 2 * inner, width, scale=0.1),
+        randn(target, experts, width, inner, scale=0.2),
+    )
     own = [randn(target, *shape, scale=0.1) for shape in ((shared, width), (shared, width), (width, shared))]
     router = Router(score, bias, groups, kept, top_k, True, scaling)
     got = SingleExperts(Norm(gain, EPS), router, gate_up, down, tuple(own), backend=target.backend)(x)
@@ -245,4 +248,10 @@ def test_what_does_not_fit_is_refused():
         SingleAttention(weights, 3, softmax_scale=1.0)
     layer = SingleAttention(weights, 2, softmax_scale=1.0)
     with pytest.raises(ValueError, match="does not fit latent"):
-        layer(torch.zeros(1, 1, 8), torch.ones(1, 5, 3), torch.ones(1, 5, 2), (torch.ones(1, 1, 2),) * 2, torch.zeros(1, 1))
+        layer(
+            torch.zeros(1, 1, 8),
+            torch.ones(1, 5, 3),
+            torch.ones(1, 5, 2),
+            (torch.ones(1, 1, 2),) * 2,
+            torch.zeros(1, 1),
+        )

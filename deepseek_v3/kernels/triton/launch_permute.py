@@ -72,8 +72,6 @@ def route(logits, bias, groups, kept_groups, top_k, normalise, scaling):
     index = torch.empty(tokens, top_k, dtype=torch.int64, device=logits.device)
     weights = torch.empty(tokens, top_k, dtype=torch.float32, device=logits.device)
     if tokens:
-        numbers, constants = choice(
-            experts, logits.stride(0), bias, groups, kept_groups, top_k, normalise, scaling
-        )
+        numbers, constants = choice(experts, logits.stride(0), bias, groups, kept_groups, top_k, normalise, scaling)
         choose((tokens, 1, 1), (logits, bias, index, weights), numbers, **constants)
     return index, weights

@@ -50,7 +50,7 @@ class MLP:
     """See ``deepseek_v3.kernels.SingleMLP``."""
 
     def __init__(self, norm, gate, up, down):
-        self._up, self._down = Products(gate, up, *norm, swiglu=True), Products(down, add=True)
+        self._up, self._down = Products(gate, up, norm.weight, norm.eps, swiglu=True), Products(down, add=True)
 
     def __call__(self, x):
         sure = aligned(x)
@@ -147,8 +147,8 @@ class Attention:
 
     def __call__(self, x, latent, rope, scale, cos, sin, slots, lengths, starts, window):
         sure = aligned(x, latent, rope, scale, cos, sin, slots, lengths, starts)
-        kinds = (latent.dtype, latent.stride(1), rope.stride(1), cos.dtype, slots.dtype)
-        kinds = (*kinds, None if lengths is None else lengths.dtype, None if starts is None else starts.dtype)
+        layout = (latent.dtype, latent.stride(1), rope.stride(1), cos.dtype, slots.dtype)
+        kinds = (*layout, None if lengths is None else lengths.dtype, None if starts is None else starts.dtype)
         bound = self._layouts.get(kinds)
         if bound is None:
             bound = self._layouts[kinds] = _OverCache(self, latent, rope, scale)
@@ -161,8 +161,10 @@ class Attention:
         q_latent = torch.empty(1, 1, self.heads, latent.shape[2], **make)
         q_rope = torch.empty(1, 1, self.heads, rope.shape[2], **make)
         bound.absorb(bound.absorb_grid, (query, self.kv_b, cos, sin, q_latent, q_rope), (), sure)
-        parts = self._attend(bound, q_latent, q_rope, latent, rope, scale, lengths, starts, window, sure)
-        values = self._join(*parts, torch.empty(self.heads * self._width, **make))
+        partial, partial_lse, splits = self._attend(
+            bound, q_latent, q_rope, latent, rope, scale, lengths, starts, window, sure
+        )
+        values = self._join(partial, partial_lse, splits, torch.empty(self.heads * self._width, **make))
         return self._output(values, torch.empty_like(x), x, sure)
 
     def _attend(self, bound, q_latent, q_rope, latent, rope, scale, lengths, starts, window, sure):
