@@ -5,7 +5,7 @@ Importing this needs torch alone and asks neither the device nor the environment
 
 from .dispatch import BackendRow, BackendTable, backends
 from .e5m6 import pack_e5m6, unpack_e5m6
-from .experts import experts_forward, experts_step, is_step
+from .experts import experts_forward, experts_step, is_silu, is_step
 from .four_bit import widen_4bit
 from .fp8 import fp8_gemm
 from .fp8_training import retile, swiglu_backward
@@ -24,12 +24,15 @@ from .quantize import (
     quantize_weight,
     transpose_codes,
 )
+from .single import AttentionWeights, Norm, Router, SingleAttention, SingleExperts, SingleMLP, is_single
 from .step import absorb_outputs, absorb_queries, norm_and_write, rope_angles
+from .swiglu import swiglu
 from .tuning import autotune
 
 __all__ = [
     "absorb_outputs",
     "absorb_queries",
+    "AttentionWeights",
     "autotune",
     "BackendRow",
     "BackendTable",
@@ -45,9 +48,12 @@ __all__ = [
     "grouped_fp8_wgrad",
     "grouped_gemm",
     "grouped_wgrad",
+    "is_silu",
+    "is_single",
     "is_step",
     "join_keys",
     "mla_decode",
+    "Norm",
     "norm_and_write",
     "pack_e5m6",
     "quantize_activation",
@@ -61,7 +67,12 @@ __all__ = [
     "rotate",
     "rotate_queries",
     "route",
+    "Router",
+    "SingleAttention",
+    "SingleExperts",
+    "SingleMLP",
     "sort_pairs",
+    "swiglu",
     "swiglu_backward",
     "unpack_e5m6",
     "transpose_codes",

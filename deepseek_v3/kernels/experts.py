@@ -15,6 +15,7 @@ from .grouped import grouped_gemm
 from .norm import TRITON_DTYPES
 from .permute import combine_pairs, gather_pairs, sort_pairs
 from .reference import experts as reference
+from .swiglu import swiglu
 
 OPERATION = "experts_decode"
 # Up to so many pairs an expert on average, the time is that of reading the weights.
@@ -47,7 +48,8 @@ def _decode_fake(hidden, gate_up, down, index, weights, backend):
     _decode_fake,
 )
 def _decode(hidden, gate_up, down, index, weights, backend):
-    """Four launches: sort, up with gather and SwiGLU, down, weighted sum. Each weight that is hit is read once."""
+    """Four launches: sort, up with gather and SwiGLU, down, weighted sum; two for one token. Each weight that is hit
+    is read once."""
     reasons = _reasons(hidden.device)
     if any(t.stride(-1) != 1 for t in (hidden, gate_up, down)):
         reasons["triton"] = reasons["triton"] or "a last dimension that is not dense"
@@ -55,6 +57,11 @@ def _decode(hidden, gate_up, down, index, weights, backend):
         reasons["triton"] = reasons["triton"] or f"{hidden.dtype}"
     if dispatch.choose(OPERATION, reasons, backend, hidden.device) == "torch":
         return _decode_reference(hidden, gate_up, down, index, weights)
+    if index.shape[0] == 1 and hidden.dtype == gate_up.dtype:
+        from .triton.launch_single import ChosenExperts, aligned
+
+        given = (hidden.contiguous(), index.contiguous(), weights.contiguous())
+        return ChosenExperts(gate_up, down, index.shape[1])(*given, sure=aligned(*given))
     from .triton.launch_grouped import grouped_rows_few
     from .triton.launch_permute import combine, sort_pairs
 
@@ -110,7 +117,8 @@ def _step(hidden, gate_up, down, index, weights, shared_gate, shared_up, shared_
     return combine(out, inverse, offsets, weights.contiguous(), tokens, gate_up.shape[0], True, residual.contiguous())
 
 
-def _is_silu(act_fn) -> bool:
+def is_silu(act_fn: Callable) -> bool:
+    """Whether it is the activation that kernels compute."""
     return act_fn is F.silu or isinstance(act_fn, torch.nn.SiLU) or type(act_fn).__name__ == "SiLUActivation"
 
 
@@ -118,7 +126,7 @@ def _is_decode(hidden, gate_up, down, index, weights, act_fn) -> bool:
     """Whether the fused form serves: few rows an expert, SwiGLU, no gradient wanted."""
     if torch.is_grad_enabled() and any(t.requires_grad for t in (hidden, gate_up, down, weights)):
         return False
-    if not _is_silu(act_fn) or not hidden.dtype == gate_up.dtype == down.dtype:
+    if not is_silu(act_fn) or not hidden.dtype == gate_up.dtype == down.dtype:
         return False
     return 0 < index.numel() <= FEW_ROWS * gate_up.shape[0]
 
@@ -215,5 +223,6 @@ def experts_forward(
     order, inverse, offsets = sort_pairs(top_k_index, gate_up.shape[0], backend=backend)
     x = gather_pairs(hidden, order, inverse, offsets, backend=backend)
     gate, up = grouped_gemm(x, gate_up, offsets, backend=backend).chunk(2, dim=-1)
-    y = grouped_gemm(self.act_fn(gate) * up, down, offsets, backend=backend)
+    act = swiglu(gate, up, backend=backend) if is_silu(self.act_fn) else self.act_fn(gate) * up
+    y = grouped_gemm(act, down, offsets, backend=backend)
     return combine_pairs(y, inverse, offsets, top_k_weights, backend=backend).view(hidden_states.shape)

@@ -29,7 +29,7 @@ def reasons(device: torch.device) -> dispatch.Reasons:
 dispatch.OPERATIONS[OPERATION] = reasons
 
 
-def _shape_reason(q_latent: torch.Tensor, rope: torch.Tensor, latent: torch.Tensor) -> str | None:
+def shape_reason(q_latent: torch.Tensor, rope: torch.Tensor, latent: torch.Tensor) -> str | None:
     """Why these inputs are none for the Triton kernel."""
     if latent.dtype == torch.float8_e4m3fn and latent.shape[2] % SCALE_GROUP:
         return f"an FP8 latent whose kv_lora_rank {latent.shape[2]} is not a multiple of {SCALE_GROUP}"
@@ -102,7 +102,7 @@ def _fake(q_latent, q_rope, latent, rope, scale, lengths, starts, latent_scale, 
 )
 def _run(q_latent, q_rope, latent, rope, scale, lengths, starts, latent_scale, sliding_window, backend):
     table = reasons(q_latent.device)
-    table["triton"] = table["triton"] or _shape_reason(q_latent, rope, latent)
+    table["triton"] = table["triton"] or shape_reason(q_latent, rope, latent)
     table["flash_mla"] = table["flash_mla"] or _flash_mla_reason(
         q_latent, q_rope, latent, rope, starts, latent_scale, sliding_window
     )

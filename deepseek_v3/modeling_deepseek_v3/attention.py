@@ -33,7 +33,7 @@ from .layers import DeepseekV3RMSNorm, is_bare
 from .rope import apply_rope, softmax_scale
 
 # Bytes of expanded keys and values, and of what they are made of, that exist at once where no gradient is asked for.
-EXPANDED_BYTES = 2 << 30
+EXPANDED_BYTES = 4 << 30
 
 
 class Spans(NamedTuple):

@@ -11,10 +11,11 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..configuration.layout import is_moe_layer
-from ..kernels import rms_norm
+from ..kernels import is_single, rms_norm
 from .attention import DeepseekV3Attention
 from .layers import DeepseekV3MLP, DeepseekV3RMSNorm, is_bare, on_kernels
 from .moe import DeepseekV3MoE
+from .single import Steps
 
 # The layer's output, or that and the router's balance loss and load (None from a dense layer).
 LayerOutput = torch.Tensor | tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
@@ -29,6 +30,7 @@ class DeepseekV3DecoderLayer(GradientCheckpointingLayer):
         self.mlp = DeepseekV3MoE(config) if is_moe_layer(config, layer_idx) else DeepseekV3MLP(config)
         self.input_layernorm = DeepseekV3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = DeepseekV3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self._steps = Steps()
 
     def forward(
         self,
@@ -51,6 +53,11 @@ class DeepseekV3DecoderLayer(GradientCheckpointingLayer):
                 the layer as outputs so that they are counted once under activation checkpointing.
             token_mask: [B, T], True for the tokens that the statistics count.
         """
+        spans, joined = kwargs.get("mla_spans"), None
+        if spans is not None and spans.extension is not None and not router_statistics:
+            joined = self._single(hidden_states, position_embeddings, past_key_values, spans)
+        if joined is not None:
+            return joined
         attended, _ = self.self_attn(
             self.input_layernorm(hidden_states),
             position_embeddings=position_embeddings,
@@ -68,11 +75,28 @@ class DeepseekV3DecoderLayer(GradientCheckpointingLayer):
         if router_statistics and isinstance(self.mlp, DeepseekV3MoE):
             output, balance_loss, load = self.mlp.forward_with_statistics(normed, token_mask)
             return hidden_states + output, balance_loss, load
-        joined = None
         if fused and is_bare(self.mlp, DeepseekV3MoE):
             joined = self.mlp.step(normed, hidden_states)
         hidden_states = hidden_states + self.mlp(normed) if joined is None else joined
         return (hidden_states, None, None) if router_statistics else hidden_states
+
+    def _single(self, token: torch.Tensor, angles: Any, cache: Any, spans: Any) -> torch.Tensor | None:
+        """The layer for a single token [1, 1, D] whose latent a kernel writes to the cache; None where the modules
+        must be called."""
+        if not on_kernels(token) or not is_single(token):
+            return None
+        attention = self._steps.attention(self, token.dtype)
+        if attention is None:
+            return None
+        held, slots = cache.extend(self.self_attn.layer_idx, spans.extension), spans.extension.slots
+        seen: Any = {"lengths": spans.lengths, "starts": spans.starts, "sliding_window": spans.window}
+        token = attention(token, held.latent, held.rope, angles, slots, scale=held.scale, **seen)
+        mlp = self._steps.mlp(self, token.dtype)
+        return token + self.mlp(self.post_attention_layernorm(token)) if mlp is None else mlp(token)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._steps = Steps()  # which hold what is moved or cast here
+        return super()._apply(fn, recurse)
 
 
 class DeepseekV3SharedHead(nn.Module):

@@ -8,6 +8,8 @@ from torch import nn
 from transformers.activations import ACT2FN
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
+from ..kernels import is_silu, rms_norm, swiglu
+
 
 def on_kernels(x: torch.Tensor) -> bool:
     """Whether fused forward kernels serve `x`: on a GPU, where no gradient is wanted and no compiler fuses."""
@@ -36,7 +38,7 @@ class DeepseekV3RMSNorm(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if on_kernels(hidden_states):
-            return nn.functional.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
+            return rms_norm(hidden_states, self.weight, self.variance_epsilon)  # type: ignore[return-value]
         input_dtype = hidden_states.dtype
         hidden_states = hidden_states.to(torch.float32)
         variance = hidden_states.pow(2).mean(-1, keepdim=True)
@@ -64,4 +66,6 @@ class DeepseekV3MLP(nn.Module):
         return is_bare(self, DeepseekV3MLP) and all(is_bare(linear, nn.Linear) for linear in linears)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        gate, up = self.gate_proj(hidden_states), self.up_proj(hidden_states)
+        fused = on_kernels(gate) and is_silu(self.act_fn) and gate.dtype == up.dtype
+        return self.down_proj(swiglu(gate, up) if fused else self.act_fn(gate) * up)

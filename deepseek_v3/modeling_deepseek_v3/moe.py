@@ -15,7 +15,7 @@ from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
-from ..kernels import experts_step, is_step, route
+from ..kernels import Router, experts_step, is_step, route
 from ..quantization import fuse_official_names
 from ..quantization.adapted import Factors, Stacks, Widened, from_under_adapters, frozen_experts, frozen_product
 from .layers import DeepseekV3MLP, is_bare, on_kernels
@@ -70,6 +70,13 @@ class DeepseekV3TopkRouter(nn.Module):
         # Tokens per expert since the last bias update. Not a buffer: DistributedDataParallel would overwrite every
         # rank's count with rank 0's at each forward.
         self.expert_load: torch.Tensor | None = None
+
+    def as_router(self) -> Router:
+        """What this does, for a kernel."""
+        groups = (self.num_group, self.topk_group, self.top_k)
+        return Router(
+            self.weight, self.e_score_correction_bias, *groups, self.norm_topk_prob, self.routed_scaling_factor
+        )
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Route [.., D] tokens: raw logits [n, E], weights [n, K] (both float32) and expert indices [n, K]."""

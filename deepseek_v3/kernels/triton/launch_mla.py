@@ -8,7 +8,7 @@ import triton
 
 from ..dispatch import capability, processors
 from ..tuning import bucket
-from .launching import cdiv, next_power_of_2
+from .launching import Launcher, cdiv, next_power_of_2
 from .mla import mla_combine, mla_split
 from .mla_fp8 import mla_split_fp8, widen_latents
 from .tilings import (
@@ -28,6 +28,8 @@ NO_WINDOW = 1 << 30
 # Query rows times cached slots up to which the two halves are the faster ones: 128 heads over 16,384 slots.
 LITTLE = 128 << 14
 LOG2_E = 1.4426950408889634
+
+_combine = Launcher(mla_combine)
 
 
 def tiling_for(rows: int, rank: int, fp8: bool, hopper: bool, aligned: bool, by_hand: bool) -> AttentionTiling:
@@ -96,75 +98,109 @@ def choose_tiling(q_latent, latent, rope, fp8):
 LISTED = {FEW_ROWS: "mla_few", SMALL_CARD: "mla_few", MANY_ROWS_BY_HAND: "mla_by_hand"}
 
 
-def _split(grid, tiling, q_latent, q_rope, latent, rope, latent_scale, lengths, starts, partial, partial_lse, sizes):
-    """Launch the kernel of the tiling over ``grid``: row tiles, splits, batch."""
-    tensors = (q_latent, q_rope, latent, rope)
-    results = (lengths, starts, partial, partial_lse)
+def split_kernel(tiling, q_latent, q_rope, latent, rope, latent_scale, lengths, starts, scale):
+    """The launcher of the tiling's kernel, and its numbers and constants for these tensors."""
+    batch, queries, heads, _ = q_latent.shape
     strides = (*q_latent.stride()[:3], *q_rope.stride()[:3], *latent.stride()[:2], *rope.stride()[:2])
-    options = {"LENGTHS": lengths is not None, "STARTS": starts is not None, "num_warps": tiling.warps}
+    if batch == 1:
+        # The one row is at no distance, and a cache that grows is no other kernel's.
+        strides = (0, *strides[1:3], 0, *strides[4:6], 0, strides[7], 0, strides[9])
+    options = {"LENGTHS": lengths is not None, "STARTS": starts is not None}
+    warps = {"num_warps": tiling.warps}
     widths = {"C": latent.shape[2], "R": rope.shape[2]}
     blocks = {"BLOCK_M": tiling.rows, "BLOCK_N": tiling.slots}
     if latent_scale is not None:
-        arguments = (*tensors, latent_scale, *results, *sizes, *strides, *latent_scale.stride())
+        strides = (*strides, *latent_scale.stride())
         if tiling.gluon:
-            from .mla_fp8_hopper import mla_split_fp8_hopper
-
-            mla_split_fp8_hopper[grid](*arguments, WARPS=tiling.warps, **options)
+            name, constants = "mla_split_fp8_hopper", options | {"WARPS": tiling.warps} | warps
         else:
-            mla_split_fp8[grid](*arguments, **widths, **blocks, **options)
-        return
-    arguments = (*tensors, *results, *sizes, *strides)
-    if tiling.gluon:
-        from .mla_hopper import mla_split_hopper
-
-        mla_split_hopper[grid](*arguments, **widths, **options)
+            name, constants = "mla_split_fp8", widths | blocks | options | warps
+    elif tiling.gluon:
+        name, constants = "mla_split_hopper", widths | options | warps
     else:
         more = {"HALVES": tiling.halves, "TMA": tiling.tma, "STAGES": tiling.stages}
-        mla_split[grid](*arguments, **widths, **blocks, **more, **options)
+        name, constants = "mla_split", widths | blocks | options | more | warps
+    return _launcher(name), (queries, heads, scale * LOG2_E, *strides), constants
+
+
+@functools.cache
+def _launcher(name):
+    """Of a kernel by its name; those in Gluon are imported where they run."""
+    if name == "mla_split_hopper":
+        from .mla_hopper import mla_split_hopper
+
+        return Launcher(mla_split_hopper)
+    if name == "mla_split_fp8_hopper":
+        from .mla_fp8_hopper import mla_split_fp8_hopper
+
+        return Launcher(mla_split_fp8_hopper)
+    return Launcher({"mla_split": mla_split, "mla_split_fp8": mla_split_fp8}[name])
+
+
+def plan(q_latent, latent, rope, fp8, tune=None):
+    """The tiling for these inputs, how many tiles of rows it makes, and in how many splits the cache is read.
+
+    tune: where timing may choose, what launches with ``tiling=``.
+    """
+    batch, queries, heads, rank = q_latent.shape
+    slots, device, rows = latent.shape[1], q_latent.device, queries * heads
+    tiling = choose_tiling(q_latent, latent, rope, fp8)
+    if tune is not None and tiling in LISTED:
+        sizes = {"batch": bucket(batch), "rows": rows, "slots": bucket(slots), "rank": rank}
+        tiling = tuned(LISTED[tiling], tiling, latent, tune, **sizes)
+    return (tiling, *tiles_and_splits(tiling, batch, rows, slots, device))
+
+
+def tiles_and_splits(tiling, batch, rows, slots, device):
+    """Tiles of rows, and splits of the cached length."""
+    tiles = cdiv(rows, tiling.rows) * tiling.halves
+    multiprocessors = processors(device.index) if device.type == "cuda" else 7
+    return tiles, splits_for(tiles * batch, slots, tiling, multiprocessors)
+
+
+def rooms(q_latent, splits):
+    """Where the splits' results go: partial [B, T * H, splits, C] and partial_lse [B, T * H, splits].
+
+    One split is the result itself, in the queries' dtype; several are float32.
+    """
+    batch, queries, heads, rank = q_latent.shape
+    shape = (batch, queries * heads, splits)
+    dtype = torch.float32 if splits > 1 else q_latent.dtype
+    partial = torch.empty(*shape, rank, dtype=dtype, device=q_latent.device)
+    return partial, torch.empty(shape, dtype=torch.float32, device=q_latent.device)
 
 
 def mla_decode(q_latent, q_rope, latent, rope, scale, lengths, starts, latent_scale, sliding_window, tiling=None):
     """See ``deepseek_v3.kernels.mla_decode``; all tensors' last dimensions are dense."""
     batch, queries, heads, rank = q_latent.shape
-    slots, device, rows = latent.shape[1], q_latent.device, queries * heads
-    on_gpu = device.type == "cuda"
+    rows = queries * heads
     if latent_scale is not None and (rows > FEW_ROWS_FP8.rows or rope.dtype != q_latent.dtype):
         latent, rope = widen(latent, latent_scale, q_latent.dtype, lengths, starts), rope.to(q_latent.dtype)
         latent_scale = None
     if tiling is None:
-        tiling = choose_tiling(q_latent, latent, rope, latent_scale is not None)
-        if tiling in LISTED:
-            again = functools.partial(
-                mla_decode, q_latent, q_rope, latent, rope, scale, lengths, starts, latent_scale, sliding_window
-            )
-            listed = LISTED[tiling]
-            tiling = tuned(
-                listed, tiling, latent, again, batch=bucket(batch), rows=rows, slots=bucket(slots), rank=rank
-            )
-    tiles = cdiv(rows, tiling.rows) * tiling.halves
-    splits = splits_for(tiles * batch, slots, tiling, processors(device.index) if on_gpu else 7)
-    out = torch.empty(q_latent.shape, dtype=q_latent.dtype, device=device)
-    lse = torch.empty(batch, queries, heads, dtype=torch.float32, device=device)
-    partial, partial_lse = out, lse
-    if splits > 1:
-        partial = torch.empty(batch, rows, splits, rank, dtype=torch.float32, device=device)
-        partial_lse = torch.empty(batch, rows, splits, dtype=torch.float32, device=device)
-    if tiling.tma and on_gpu:
-        triton.set_allocator(scratch)
-    sizes = (queries, heads, slots, splits, sliding_window or NO_WINDOW, scale * LOG2_E)
-    grid = (tiles, splits, batch)
-    _split(grid, tiling, q_latent, q_rope, latent, rope, latent_scale, lengths, starts, partial, partial_lse, sizes)
-    if splits > 1:
-        cols = min(rank, 128)
-        mla_combine[(batch * rows, rank // cols)](
-            partial,
-            partial_lse,
-            out,
-            lse,
-            splits,
-            C=rank,
-            COLS=cols,
-            SPLITS=next_power_of_2(splits),
-            num_warps=4,
+        again = functools.partial(
+            mla_decode, q_latent, q_rope, latent, rope, scale, lengths, starts, latent_scale, sliding_window
         )
+        tiling, tiles, splits = plan(q_latent, latent, rope, latent_scale is not None, again)
+    else:
+        tiles, splits = tiles_and_splits(tiling, batch, rows, latent.shape[1], q_latent.device)
+    partial, partial_lse = rooms(q_latent, splits)
+    if tiling.tma and q_latent.is_cuda:
+        triton.set_allocator(scratch)
+    coded = () if latent_scale is None else (latent_scale,)
+    launch, numbers, constants = split_kernel(
+        tiling, q_latent, q_rope, latent, rope, latent_scale, lengths, starts, scale
+    )
+    tensors = (q_latent, q_rope, latent, rope, *coded, lengths, starts, partial, partial_lse)
+    changing = (latent.shape[1], splits, sliding_window or NO_WINDOW)
+    launch((tiles, splits, batch), tensors, numbers, changing, **constants)
+    if splits == 1:
+        return partial.view(q_latent.shape), partial_lse.view(batch, queries, heads)
+    out = torch.empty(q_latent.shape, dtype=q_latent.dtype, device=q_latent.device)
+    lse = torch.empty(batch, queries, heads, dtype=torch.float32, device=q_latent.device)
+    cols = min(rank, 128)
+    _combine(
+        (batch * rows, rank // cols, 1), (partial, partial_lse, out, lse), (), (splits,),
+        C=rank, COLS=cols, SPLITS=next_power_of_2(splits), num_warps=4,
+    )  # fmt: skip
     return out, lse

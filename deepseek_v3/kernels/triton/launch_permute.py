@@ -5,7 +5,7 @@ import torch
 from .launching import Launcher, cdiv, next_power_of_2
 from .permute import choose_experts, combine_pairs, count_pairs, place_pairs
 
-_choose, _combine, _count, _place = map(Launcher, (choose_experts, combine_pairs, count_pairs, place_pairs))
+choose, _combine, _count, _place = map(Launcher, (choose_experts, combine_pairs, count_pairs, place_pairs))
 
 # Up to so many pairs one program sorts them alone, in one launch.
 ALONE = 256
@@ -56,16 +56,22 @@ def combine(y, inverse, offsets, weights, tokens, experts=None, shared=False, re
     return out
 
 
+def choice(experts, stride, bias, groups, kept_groups, top_k, normalise, scaling):
+    """Numbers and constants of a launch of ``choose`` over logits whose rows are `stride` apart."""
+    constants = {
+        "GROUPS": groups, "KEPT": kept_groups, "K": top_k, "BLOCK_G": next_power_of_2(groups),
+        "BLOCK_S": next_power_of_2(experts // groups), "BLOCK_K": next_power_of_2(top_k),
+        "BIASED": bias is not None, "NORMALISE": normalise, "num_warps": 1,
+    }  # fmt: skip
+    return (experts, stride, scaling), constants
+
+
 def route(logits, bias, groups, kept_groups, top_k, normalise, scaling):
     """See ``deepseek_v3.kernels.route``."""
     tokens, experts = logits.shape
     index = torch.empty(tokens, top_k, dtype=torch.int64, device=logits.device)
     weights = torch.empty(tokens, top_k, dtype=torch.float32, device=logits.device)
     if tokens:
-        _choose(
-            (tokens, 1, 1), (logits, bias, index, weights), (experts, logits.stride(0), scaling),
-            GROUPS=groups, KEPT=kept_groups, K=top_k, BLOCK_G=next_power_of_2(groups),
-            BLOCK_S=next_power_of_2(experts // groups), BLOCK_K=next_power_of_2(top_k),
-            BIASED=bias is not None, NORMALISE=normalise, num_warps=1,
-        )  # fmt: skip
+        numbers, constants = choice(experts, logits.stride(0), bias, groups, kept_groups, top_k, normalise, scaling)
+        choose((tokens, 1, 1), (logits, bias, index, weights), numbers, **constants)
     return index, weights

@@ -44,11 +44,11 @@ def natural(top, total):
     return tl.where(empty, float("-inf"), (top + tl.log2(tl.where(empty, 1.0, total))) * 0.6931471805599453)
 
 
-@triton.jit(do_not_specialize=["splits", "window"])
+@triton.jit(do_not_specialize=["slots", "splits", "window"])
 def mla_split(
     q_latent, q_rope, latent, rope, lengths, starts, out, lse,
-    queries, heads, slots, splits, window, scale_log2,
-    ql_b, ql_t, ql_h, qr_b, qr_t, qr_h, c_b, c_s, r_b, r_s,
+    queries, heads, scale_log2,
+    ql_b, ql_t, ql_h, qr_b, qr_t, qr_h, c_b, c_s, r_b, r_s, slots, splits, window,
     C: tl.constexpr, R: tl.constexpr, HALVES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     TMA: tl.constexpr, LENGTHS: tl.constexpr, STARTS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip

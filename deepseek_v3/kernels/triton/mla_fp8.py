@@ -37,11 +37,11 @@ def _fetch(codes, rope, scales, n, end, c_s, r_s, s_s, s_g, C: tl.constexpr, R: 
     return tile, pe, scale
 
 
-@triton.jit(do_not_specialize=["splits", "window"])
+@triton.jit(do_not_specialize=["slots", "splits", "window"])
 def mla_split_fp8(
     q_latent, q_rope, latent, rope, latent_scale, lengths, starts, out, lse,
-    queries, heads, slots, splits, window, scale_log2,
-    ql_b, ql_t, ql_h, qr_b, qr_t, qr_h, c_b, c_s, r_b, r_s, s_b, s_s, s_g,
+    queries, heads, scale_log2,
+    ql_b, ql_t, ql_h, qr_b, qr_t, qr_h, c_b, c_s, r_b, r_s, s_b, s_s, s_g, slots, splits, window,
     C: tl.constexpr, R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     LENGTHS: tl.constexpr, STARTS: tl.constexpr,
 ):  # fmt: skip

@@ -119,11 +119,11 @@ def _store(out, acc, place, largest, total, live, g: gl.constexpr, output: gl.co
     gl.store(out + place[None, :] * 512 + col[:, None], value.to(out.dtype.element_ty), mask=live[None, :])
 
 
-@gluon.jit(do_not_specialize=["splits", "window"])
+@gluon.jit(do_not_specialize=["slots", "splits", "window"])
 def mla_split_fp8_hopper(
     q_latent, q_rope, latent, rope, latent_scale, lengths, starts, out, lse,
-    queries, heads, slots, splits, window, scale_log2,
-    ql_b, ql_t, ql_h, qr_b, qr_t, qr_h, c_b, c_s, r_b, r_s, s_b, s_s, s_g,
+    queries, heads, scale_log2,
+    ql_b, ql_t, ql_h, qr_b, qr_t, qr_h, c_b, c_s, r_b, r_s, s_b, s_s, s_g, slots, splits, window,
     LENGTHS: gl.constexpr, STARTS: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """As ``mla_split`` for C = 512, R = 64: out [B, T * H, splits, C] normalised, lse [B, T * H, splits]."""

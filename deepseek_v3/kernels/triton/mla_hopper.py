@@ -50,11 +50,11 @@ def _fetch(latent_tiles, rope_tiles, latents, ropes, bars, tile, slot, go, C: gl
     tma.async_copy_global_to_shared(rope_tiles, [slot, 0], bar, ropes.index(turn), pred=go)
 
 
-@gluon.jit(do_not_specialize=["splits", "window"])
+@gluon.jit(do_not_specialize=["slots", "splits", "window"])
 def mla_split_hopper(
     q_latent, q_rope, latent, rope, lengths, starts, out, lse,
-    queries, heads, slots, splits, window, scale_log2,
-    ql_b, ql_t, ql_h, qr_b, qr_t, qr_h, c_b, c_s, r_b, r_s,
+    queries, heads, scale_log2,
+    ql_b, ql_t, ql_h, qr_b, qr_t, qr_h, c_b, c_s, r_b, r_s, slots, splits, window,
     C: gl.constexpr, R: gl.constexpr, LENGTHS: gl.constexpr, STARTS: gl.constexpr,
 ):  # fmt: skip
     """As ``mla_split``: out [B, T * H, splits, C] normalised, lse [B, T * H, splits] in base e."""

@@ -39,6 +39,19 @@ class Sweep:
 
 
 @dataclass(frozen=True)
+class Stretch:
+    """Of a matrix times a vector: rows of a program, and its warps, each of which reads 256 columns at a time."""
+
+    rows: int
+    warps: int
+
+    @property
+    def columns(self) -> int:
+        """A whole number of 16-byte reads a thread, so that the vector lies in the registers that the matrix needs."""
+        return 256 * self.warps
+
+
+@dataclass(frozen=True)
 class AttentionTiling:
     """rows, slots: tile of queries and of cached tokens; halves: output parts; stages, warps: Triton's.
 
@@ -65,6 +78,11 @@ FEW_SWIGLU = Tiling(rows=16, columns=64, depth=128, stages=3, warps=4)
 # Float32 and cards before Hopper: no asynchronous products, less shared memory.
 PLAIN = Tiling(rows=32, columns=32, depth=32, stages=2, warps=4)
 WGRAD = Sweep()
+
+SINGLE = Stretch(rows=4, warps=4)
+SINGLE_SWIGLU = Stretch(rows=2, warps=4)
+# A short depth: fewer warps, so that each has more than one stretch of it.
+SINGLE_SHALLOW = Stretch(rows=8, warps=2)
 
 # Few rows are bound by memory: a 16-row tile and deep asynchronous copies. Many rows are bound by arithmetic: 64-row
 # tiles, half of the output each.
