@@ -8,7 +8,7 @@ from .e5m6 import pack_e5m6, unpack_e5m6
 from .experts import experts_forward, experts_step, is_step
 from .four_bit import widen_4bit
 from .fp8 import fp8_gemm
-from .fp8_training import retile, swiglu_backward
+from .fp8_training import quantize_both, retile, swiglu_backward
 from .grouped import grouped_gemm, grouped_wgrad
 from .grouped_fp8 import grouped_fp8_gemm, grouped_fp8_wgrad, quantize_grouped_transposed
 from .heads import join_keys, rotate_queries
@@ -52,6 +52,7 @@ __all__ = [
     "pack_e5m6",
     "quantize_activation",
     "quantize_activation_transposed",
+    "quantize_both",
     "quantize_grouped_transposed",
     "quantize_swiglu",
     "quantize_weight",

@@ -89,6 +89,52 @@ def retile(
     return dispatch.ops.retile(x, scale, rows, offsets, scale_fmt, amax_floor, backend)
 
 
+def _both_fake(x, scale_fmt, amax_floor, backend):
+    rows, width = x.shape
+    codes, scale = _retile_fake(x, None, None, None, scale_fmt, amax_floor, backend)
+    along = torch.empty_like(x, dtype=torch.float8_e4m3fn, memory_format=torch.contiguous_format)
+    return along, x.new_empty((width + 127) // 128, rows, dtype=torch.float32).t(), codes, scale
+
+
+@dispatch.define(
+    "quantize_both(Tensor x, str? scale_fmt, float amax_floor, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    _both_fake,
+)
+def _both(x, scale_fmt, amax_floor, backend):
+    odd = None if x.dtype in TRITON_DTYPES else f"{x.dtype}"
+    if not _is_triton(x, odd, backend):
+        return reference.quantize_both(x, scale_fmt, amax_floor)
+    from .triton.launch_fp8_training import retile as launch
+
+    return launch(x if x.stride(-1) == 1 else x.contiguous(), None, None, None, scale_fmt, amax_floor, both=True)
+
+
+def quantize_both(
+    x: torch.Tensor,
+    *,
+    scale_fmt: str | None = None,
+    amax_floor: float = AMAX_FLOOR,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``(*quantize_activation(x), *retile(x))`` with x read once: what a gradient's two products take.
+
+    Args:
+        x: [M, D], float16/bfloat16/float32/float64.
+        scale_fmt, amax_floor: as for ``quantize_weight``. backend: "auto", "triton" or "torch".
+
+    Returns:
+        codes float8_e4m3fn [M, D] and scale float32 [M, ceil(D / 128)]; codes [D, M] and scale [D, ceil(M / 128)]; both
+        scales stored by group.
+
+    Raises:
+        ValueError: another shape or dtype. RuntimeError: a backend asked for that cannot run here.
+    """
+    if x.dim() != 2 or not x.is_floating_point() or x.dtype.itemsize < 2:
+        raise ValueError(f"x must be a floating matrix [M, D], got {x.dtype} {tuple(x.shape)}")
+    check_scale_format(scale_fmt)
+    return dispatch.ops.quantize_both(x, scale_fmt, amax_floor, backend)
+
+
 def _swiglu_fake(gate_up, scale, grad, weights, backend):
     share = grad.new_empty(grad.shape[0], dtype=torch.float32)
     return grad.new_empty(grad.shape[0], 2 * grad.shape[1]), torch.empty_like(grad), share

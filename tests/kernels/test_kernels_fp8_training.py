@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from deepseek_v3.kernels import pack_e5m6, quantize_activation, retile, sort_pairs, swiglu_backward, unpack_e5m6
+from deepseek_v3.kernels import (
+    pack_e5m6,
+    quantize_activation,
+    quantize_both,
+    retile,
+    sort_pairs,
+    swiglu_backward,
+    unpack_e5m6,
+)
 
 
 def tiles_of_rows(values, scale_fmt):
@@ -33,6 +41,31 @@ def test_kept_codes_are_retiled_along_the_rows(target, shape, scale_fmt):
     out, out_scale = retile(codes, scale, scale_fmt=scale_fmt, backend=target.backend)
     assert torch.equal(out_scale.cpu(), expected_scale)
     assert torch.equal(out.cpu().float(), expected.float()[:, : shape[0]])
+
+
+# Whole tiles; short ones at both edges; rows whose codes are not whole words.
+@pytest.mark.parametrize("shape", [(128, 256), (200, 192), (33, 72)])
+@pytest.mark.parametrize("scale_fmt", [None, "ue8m0"])
+def test_one_read_gives_the_tiles_along_rows_and_columns(target, shape, scale_fmt):
+    x = torch.randn(shape, device=target.device).to(target.dtype)
+    x[:, 3] *= 200
+    x[5] = 0
+    codes, scale, down, scale_down = quantize_both(x, scale_fmt=scale_fmt, backend=target.backend)
+    along, scale_along = tiles_of_rows(x.cpu().float().t(), scale_fmt)
+    expected, expected_down = tiles_of_rows(x.cpu().float(), scale_fmt)
+    assert torch.equal(scale.cpu(), scale_along) and torch.equal(scale_down.cpu(), expected_down)
+    assert torch.equal(codes.cpu().float(), along.float()[:, : shape[1]])
+    assert torch.equal(down.cpu().float(), expected.float()[:, : shape[0]])
+
+
+def test_broken_tiles_say_so_along_rows_and_columns(target):
+    x = torch.randn(256, 256, device=target.device).to(target.dtype)
+    x[0, 3], x[200, 200] = float("nan"), float("inf")
+    codes, scale, down, scale_down = quantize_both(x, backend=target.backend)
+    assert scale[0, 0].isnan() and scale[200, 1].isinf() and scale_down[3, 0].isnan() and scale_down[200, 1].isinf()
+    assert codes[0, :128].float().isnan().all() and codes[200, 200].float().isnan()
+    assert down[3, :128].float().isnan().all() and down[200, 200].float().isnan()
+    assert codes.float().isnan().sum() == down.float().isnan().sum() == 128 + 1
 
 
 # Some experts have no rows, one has more than a tile; the last pairs belong to nobody.

@@ -20,6 +20,12 @@ def retile(x, scale, rows, offsets, scale_fmt, amax_floor):
     return codes.contiguous(), by_group(scale)
 
 
+def quantize_both(x, scale_fmt, amax_floor):
+    """See ``deepseek_v3.kernels.quantize_both``."""
+    codes, scale = quantize_activation(x, 128, scale_fmt, amax_floor)
+    return codes.contiguous(), by_group(scale), *retile(x, None, None, None, scale_fmt, amax_floor)
+
+
 def swiglu_backward(gate_up, scale, grad, weights):
     """See ``deepseek_v3.kernels.swiglu_backward``."""
     gate, up = (gate_up.float() if scale is None else widen(gate_up, scale)).chunk(2, dim=-1)

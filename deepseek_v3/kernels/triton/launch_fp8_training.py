@@ -8,9 +8,11 @@ from .e5m6 import pack_tiles, unpack_tiles
 from .fp8_training import retile_columns, swiglu_gradient
 from .launching import cdiv, next_power_of_2
 
+BLOCK, WARPS = 128, 8
 
-def retile(x, x_scale, source, offsets, scale_fmt, amax_floor):
-    """See ``deepseek_v3.kernels.retile``."""
+
+def retile(x, x_scale, source, offsets, scale_fmt, amax_floor, both=False):
+    """See ``deepseek_v3.kernels.retile``; ``both``: first the codes and scales of ``quantize_activation(x)``."""
     width = x.shape[1]
     rows = x.shape[0] if source is None else source.shape[0]
     experts = 0 if offsets is None else offsets.numel() - 1
@@ -18,15 +20,21 @@ def retile(x, x_scale, source, offsets, scale_fmt, amax_floor):
     padded = rows if offsets is None else groups * 128
     codes = torch.empty(width, padded, dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty(groups, width, dtype=torch.float32, device=x.device).t()  # by group, as the products read it
+    along = scale_along = None
+    if both:
+        along = torch.empty(rows, width, dtype=torch.float8_e4m3fn, device=x.device)
+        scale_along = torch.empty(cdiv(width, 128), rows, dtype=torch.float32, device=x.device).t()
     if codes.numel():
-        retile_columns[(groups, cdiv(width, 64))](
-            x, x_scale, source, codes, scale, offsets, rows, width, experts, x.stride(0),
+        block = 128 if both else BLOCK
+        retile_columns[(groups, cdiv(width, block))](
+            x, x_scale, source, codes, scale, along, scale_along, offsets, rows, width, experts, x.stride(0),
             *(x_scale.stride() if x_scale is not None else (0, 0)), codes.stride(0), *scale.stride(),
-            max(amax_floor, AMAX_FLOOR), BLOCK=64, BLOCK_E=next_power_of_2(experts + 1),
-            POWER=scale_fmt is not None, SCALED=x_scale is not None, GATHER=source is not None,
-            GROUPED=offsets is not None, num_warps=2,
+            *((along.stride(0), *scale_along.stride()) if both else (0, 0, 0)), max(amax_floor, AMAX_FLOOR),
+            BLOCK=block, BLOCK_E=next_power_of_2(experts + 1), POWER=scale_fmt is not None,
+            SCALED=x_scale is not None, GATHER=source is not None, GROUPED=offsets is not None,
+            PACKED=padded % 4 == 0, ROWS=both, num_warps=8 if both else WARPS,
         )  # fmt: skip
-    return codes, scale
+    return (along, scale_along, codes, scale) if both else (codes, scale)
 
 
 def swiglu_backward(gate_up, scale, grad, weights):
