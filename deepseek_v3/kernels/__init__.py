@@ -14,6 +14,7 @@ from .grouped_fp8 import grouped_fp8_gemm, grouped_fp8_wgrad, quantize_grouped_t
 from .heads import join_keys, rotate_queries
 from .mla import mla_decode
 from .norm import rms_norm, rotate, write_latents
+from .norm_training import joined_rms_norm
 from .permute import combine_pairs, gather_pairs, route, sort_pairs
 from .quantize import (
     dequantize_activation,
@@ -47,6 +48,7 @@ __all__ = [
     "grouped_wgrad",
     "is_step",
     "join_keys",
+    "joined_rms_norm",
     "mla_decode",
     "norm_and_write",
     "pack_e5m6",
