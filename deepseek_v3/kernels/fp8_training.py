@@ -15,6 +15,7 @@ from .reference import fp8_training as reference
 from .reference.quantize import AMAX_FLOOR, check_scale_format
 
 OPERATION = "fp8_training"
+Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 def _reasons(device: torch.device) -> dispatch.Reasons:
@@ -123,8 +124,8 @@ def quantize_both(
         scale_fmt, amax_floor: as for ``quantize_weight``. backend: "auto", "triton" or "torch".
 
     Returns:
-        codes float8_e4m3fn [M, D] and scale float32 [M, ceil(D / 128)]; codes [D, M] and scale [D, ceil(M / 128)]; both
-        scales stored by group.
+        codes float8_e4m3fn [M, D], scale float32 [M, ceil(D / 128)]; codes [D, M], scale [D, ceil(M / 128)]; the
+        scales are stored by group.
 
     Raises:
         ValueError: another shape or dtype. RuntimeError: a backend asked for that cannot run here.
@@ -133,6 +134,19 @@ def quantize_both(
         raise ValueError(f"x must be a floating matrix [M, D], got {x.dtype} {tuple(x.shape)}")
     check_scale_format(scale_fmt)
     return dispatch.ops.quantize_both(x, scale_fmt, amax_floor, backend)
+
+
+def _check_swiglu(
+    gate_up: torch.Tensor, scale: torch.Tensor | None, grad: torch.Tensor, weights: torch.Tensor | None
+) -> None:
+    if grad.dim() != 2 or tuple(gate_up.shape) != (grad.shape[0], 2 * grad.shape[1]):
+        raise ValueError(f"gate_up {tuple(gate_up.shape)} must be twice as wide as grad {tuple(grad.shape)}")
+    if (scale is None) != (gate_up.dtype.itemsize > 1) or (
+        scale is not None and tuple(scale.shape) != (grad.shape[0], math.ceil(gate_up.shape[1] / 128))
+    ):
+        raise ValueError("FP8 codes need a scale [P, ceil(2F / 128)], values none")
+    if weights is not None and tuple(weights.shape) != (grad.shape[0],):
+        raise ValueError(f"weights {tuple(weights.shape)} must be [{grad.shape[0]}]")
 
 
 def _swiglu_fake(gate_up, scale, grad, weights, backend):
@@ -179,12 +193,69 @@ def swiglu_backward(
     Raises:
         ValueError: shapes that do not fit. RuntimeError: a backend asked for that cannot run here.
     """
-    if grad.dim() != 2 or tuple(gate_up.shape) != (grad.shape[0], 2 * grad.shape[1]):
-        raise ValueError(f"gate_up {tuple(gate_up.shape)} must be twice as wide as grad {tuple(grad.shape)}")
-    if (scale is None) != (gate_up.dtype.itemsize > 1) or (
-        scale is not None and tuple(scale.shape) != (grad.shape[0], math.ceil(gate_up.shape[1] / 128))
-    ):
-        raise ValueError("FP8 codes need a scale [P, ceil(2F / 128)], values none")
-    if weights is not None and tuple(weights.shape) != (grad.shape[0],):
-        raise ValueError(f"weights {tuple(weights.shape)} must be [{grad.shape[0]}]")
+    _check_swiglu(gate_up, scale, grad, weights)
     return dispatch.ops.swiglu_backward(gate_up, scale, grad, weights, backend)
+
+
+def _swiglu_codes_fake(gate_up, scale, grad, weights, offsets, scale_fmt, amax_floor, backend):
+    (rows, width), experts = grad.shape, None if offsets is None else offsets.shape[0] - 1
+    groups = (rows + 127) // 128 if experts is None else rows // 128 + experts
+    padded = rows if experts is None else groups * 128
+
+    def pair(codes_shape, groups):
+        codes = grad.new_empty(codes_shape, dtype=torch.float8_e4m3fn)
+        return codes, grad.new_empty(groups, codes_shape[0], dtype=torch.float32).t()
+
+    along = pair((rows, 2 * width), (2 * width + 127) // 128)
+    share = grad.new_empty(rows, dtype=torch.float32)
+    return *along, *pair((2 * width, padded), groups), *pair((width, padded), groups), share
+
+
+@dispatch.define(
+    "swiglu_backward_codes(Tensor gate_up, Tensor? scale, Tensor grad, Tensor? weights, Tensor? offsets,"
+    " str? scale_fmt, float amax_floor, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _swiglu_codes_fake,
+)
+def _swiglu_codes(gate_up, scale, grad, weights, offsets, scale_fmt, amax_floor, backend):
+    odd = None if grad.dtype in TRITON_DTYPES else f"{grad.dtype}"
+    if grad.shape[1] % 128:
+        odd = odd or "a width that 128 does not divide"
+    if not _is_triton(grad, odd, backend):
+        return reference.swiglu_backward_codes(gate_up, scale, grad, weights, offsets, scale_fmt, amax_floor)
+    from .triton.launch_fp8_training import swiglu_backward_codes as launch
+
+    gate_up = gate_up if gate_up.stride(-1) == 1 else gate_up.contiguous()
+    weights = None if weights is None else weights.contiguous()
+    return launch(gate_up, scale, grad.contiguous(), weights, offsets, scale_fmt, amax_floor)
+
+
+def swiglu_backward_codes(
+    gate_up: torch.Tensor,
+    scale: torch.Tensor | None,
+    grad: torch.Tensor,
+    weights: torch.Tensor | None = None,
+    *,
+    offsets: torch.Tensor | None = None,
+    scale_fmt: str | None = None,
+    amax_floor: float = AMAX_FLOOR,
+    backend: str = "auto",
+) -> tuple[Pair, Pair, Pair, torch.Tensor]:
+    """``swiglu_backward`` whose results go into products alone: as their codes, and never as numbers in memory.
+
+    Args:
+        gate_up, scale, grad, weights: as for ``swiglu_backward``.
+        offsets, scale_fmt, amax_floor: as for ``retile``. backend: "auto", "triton" or "torch".
+
+    Returns:
+        Of the gradient to gate_up ``quantize_activation`` and ``retile``, of ``weights * h`` ``retile``, each codes and
+        scale; the weights' gradient, float32 [P], where there are weights. Rows past the last expert's are left
+        unwritten.
+
+    Raises:
+        ValueError: shapes that do not fit. RuntimeError: a backend asked for that cannot run here.
+    """
+    _check_swiglu(gate_up, scale, grad, weights)
+    check_scale_format(scale_fmt)
+    given = gate_up, scale, grad, weights, offsets, scale_fmt, amax_floor, backend
+    *pairs, share = dispatch.ops.swiglu_backward_codes(*given)
+    return (pairs[0], pairs[1]), (pairs[2], pairs[3]), (pairs[4], pairs[5]), share

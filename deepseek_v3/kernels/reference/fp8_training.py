@@ -38,3 +38,12 @@ def swiglu_backward(gate_up, scale, grad, weights):
     slope = sigmoid * (1 + gate * (1 - sigmoid))
     grad_gate_up = torch.cat((wide * up * slope, wide * silu), dim=-1)
     return grad_gate_up.to(grad.dtype), out.to(grad.dtype), share
+
+
+def swiglu_backward_codes(gate_up, scale, grad, weights, offsets, scale_fmt, amax_floor):
+    """See ``deepseek_v3.kernels.swiglu_backward_codes``."""
+    grad_gate_up, out, share = swiglu_backward(gate_up, scale, grad, weights)
+    codes, along = quantize_activation(grad_gate_up, 128, scale_fmt, amax_floor)
+    down = retile(grad_gate_up, None, None, offsets, scale_fmt, amax_floor)
+    product = retile(out, None, None, offsets, scale_fmt, amax_floor)
+    return codes.contiguous(), by_group(along), *down, *product, share

@@ -129,3 +129,90 @@ def swiglu_gradient(
         tl.store(here, (d * up * slope).to(type_out), mask=mask)
         tl.store(here + width, (d * silu).to(type_out), mask=mask)
     tl.store(share + m, total, mask=live)
+
+
+@triton.jit
+def widened(x, scale, m, live, col, width, x_m, s_m, s_g, SCALED: tl.constexpr):
+    """float32 values of whole 128-column tiles, the columns one tile; SCALED: codes and their tile's scales."""
+    value = tl.load(x + m[:, None] * x_m + col[None, :], mask=live[:, None] & (col < width)[None, :], other=0.0)
+    if SCALED:
+        return value.to(tl.float32) * tl.load(scale + m * s_m + s_g, mask=live, other=0.0)[:, None]
+    return value.to(tl.float32)
+
+
+@triton.jit
+def swiglu_part(
+    part, gate_up, gu_scale, grad, weights, share, m, stop, col, width, gu_m, gs_m, tile_g, half_g, g_m,
+    SCALED: tl.constexpr, WEIGHTED: tl.constexpr,
+):  # fmt: skip
+    """Rows m of the gradient to gate (part 0), to up (1), or of the product (2), whose weights' gradient goes to
+    share; rounded to the gradient's dtype."""
+    live = m < stop
+    m = m.to(tl.int64)
+    w = tl.load(weights + m, mask=live, other=0.0).to(tl.float32) if WEIGHTED else 1.0
+    gate = widened(gate_up, gu_scale, m, live, col, width, gu_m, gs_m, tile_g, SCALED)
+    sigmoid = tl.sigmoid(gate)
+    silu = gate * sigmoid
+    value = silu
+    if part != 1:
+        up = widened(gate_up + width, gu_scale, m, live, col, width, gu_m, gs_m, tile_g + half_g, SCALED)
+        value = silu * up if part == 2 else up
+    if (part != 2) | WEIGHTED:
+        d = tl.load(grad + m[:, None] * g_m + col[None, :], mask=live[:, None] & (col < width)[None, :], other=0.0)
+        d = d.to(tl.float32)
+        if WEIGHTED:
+            if part == 2:
+                tl.store(share + m, tl.sum(d * value, 1), mask=live)
+                d = tl.zeros_like(d) + 1.0
+            d = d * w[:, None]
+        value = d * value
+        if part == 0:
+            value = value * (sigmoid * (1 + gate * (1 - sigmoid)))
+    return value.to(grad.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
+def swiglu_gradient_codes(
+    gate_up, gu_scale, grad, weights, share, codes, scale, row_codes, row_scale, product, product_scale, offsets,
+    rows, width, experts, gu_m, gs_m, gs_g, g_m, codes_d, scale_d, scale_g, rc_m, rs_m, rs_g, ps_d, ps_g, floor,
+    BLOCK_E: tl.constexpr, POWER: tl.constexpr, SCALED: tl.constexpr, WEIGHTED: tl.constexpr,
+    GROUPED: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """A 128 x 128 tile of one part of SwiGLU's backward; the three parts of a tile run side by side and share what
+    they read through the cache. share: [width / 128, rows], a part of the sum each."""
+    part = tl.program_id(0) % 3
+    piece = tl.program_id(0) // 3
+    group = tl.program_id(1)
+    start = group * 128
+    stop = tl.minimum(start + 128, rows)
+    if GROUPED:
+        start, stop = rows_of(offsets, group, experts, 128, BLOCK_E)
+        if stop < 0:
+            return
+    m = start + 4 * tl.arange(0, 32)
+    col = piece * 128 + tl.arange(0, 128)
+    tile_g = tl.cast(piece, tl.int64) * gs_g
+    half_g = tl.cast(width // 128, tl.int64) * gs_g
+    sums = share + tl.cast(piece, tl.int64) * rows
+    a = swiglu_part(part, gate_up, gu_scale, grad, weights, sums, m, stop, col, width, gu_m, gs_m, tile_g, half_g,
+                    g_m, SCALED, WEIGHTED)  # fmt: skip
+    b = swiglu_part(part, gate_up, gu_scale, grad, weights, sums, m + 1, stop, col, width, gu_m, gs_m, tile_g, half_g,
+                    g_m, SCALED, WEIGHTED)  # fmt: skip
+    c = swiglu_part(part, gate_up, gu_scale, grad, weights, sums, m + 2, stop, col, width, gu_m, gs_m, tile_g, half_g,
+                    g_m, SCALED, WEIGHTED)  # fmt: skip
+    d = swiglu_part(part, gate_up, gu_scale, grad, weights, sums, m + 3, stop, col, width, gu_m, gs_m, tile_g, half_g,
+                    g_m, SCALED, WEIGHTED)  # fmt: skip
+    if part == 2:
+        store_columns(a, b, c, d, product, product_scale, group, rows, col, width, codes_d, ps_d, ps_g, floor, POWER,
+                      PACKED, GROUPED)  # fmt: skip
+    else:
+        # The gradients to gate and up lie side by side.
+        beside = row_scale + (part * (width // 128) + piece).to(tl.int64) * rs_g
+        along = row_codes + part * width
+        store_rows(a, along, beside, m, stop, col, width, rc_m, rs_m, floor, POWER)
+        store_rows(b, along, beside, m + 1, stop, col, width, rc_m, rs_m, floor, POWER)
+        store_rows(c, along, beside, m + 2, stop, col, width, rc_m, rs_m, floor, POWER)
+        store_rows(d, along, beside, m + 3, stop, col, width, rc_m, rs_m, floor, POWER)
+        below = tl.cast(part * width, tl.int64)
+        store_columns(a, b, c, d, codes + below * codes_d, scale + below * scale_d, group, rows, col, width, codes_d,
+                      scale_d, scale_g, floor, POWER, PACKED, GROUPED)  # fmt: skip

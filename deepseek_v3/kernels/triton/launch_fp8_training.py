@@ -5,7 +5,7 @@ import torch
 from ..reference.fp8 import padded_groups
 from ..reference.quantize import AMAX_FLOOR
 from .e5m6 import pack_tiles, unpack_tiles
-from .fp8_training import retile_columns, swiglu_gradient
+from .fp8_training import retile_columns, swiglu_gradient, swiglu_gradient_codes
 from .launching import cdiv, next_power_of_2
 
 BLOCK, WARPS = 128, 8
@@ -51,6 +51,32 @@ def swiglu_backward(gate_up, scale, grad, weights):
             BLOCK=block, SCALED=scale is not None, WEIGHTED=weights is not None, num_warps=4,
         )  # fmt: skip
     return grad_gate_up, out, share
+
+
+def swiglu_backward_codes(gate_up, scale, grad, weights, offsets, scale_fmt, amax_floor):
+    """See ``deepseek_v3.kernels.swiglu_backward_codes``; 128 divides F."""
+    rows, width = grad.shape
+    experts = 0 if offsets is None else offsets.numel() - 1
+    groups = cdiv(rows, 128) if offsets is None else padded_groups(rows, experts)
+    padded = rows if offsets is None else groups * 128
+
+    def pair(height, length, groups):
+        codes = torch.empty(height, length, dtype=torch.float8_e4m3fn, device=grad.device)
+        return codes, torch.empty(groups, height, dtype=torch.float32, device=grad.device).t()
+
+    along, down = pair(rows, 2 * width, 2 * width // 128), pair(2 * width, padded, groups)
+    product = pair(width, padded, groups)
+    share = torch.empty(width // 128 if weights is not None else 0, rows, dtype=torch.float32, device=grad.device)
+    if rows:
+        swiglu_gradient_codes[(3 * width // 128, groups)](
+            gate_up, scale, grad, weights, share, *down, *along, *product, offsets,
+            rows, width, experts, gate_up.stride(0), *(scale.stride() if scale is not None else (0, 0)),
+            grad.stride(0), padded, *down[1].stride(), 2 * width, *along[1].stride(), *product[1].stride(),
+            max(amax_floor, AMAX_FLOOR), BLOCK_E=next_power_of_2(experts + 1), POWER=scale_fmt is not None,
+            SCALED=scale is not None, WEIGHTED=weights is not None, GROUPED=offsets is not None,
+            PACKED=padded % 4 == 0, num_warps=16,
+        )  # fmt: skip
+    return *along, *down, *product, share.sum(0)
 
 
 def pack_e5m6(x):

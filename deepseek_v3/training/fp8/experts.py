@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from ...kernels import combine_pairs, grouped_fp8_gemm, grouped_fp8_wgrad, retile, sort_pairs, swiglu_backward
+from ...kernels import combine_pairs, grouped_fp8_gemm, grouped_fp8_wgrad, retile, sort_pairs
 from ...modeling_deepseek_v3.moe import DeepseekV3Experts, DeepseekV3MoE
-from .linear import kept_swiglu_inputs, swiglu_codes
-from .quantise import gradient_codes, input_codes
+from .linear import kept_swiglu_inputs, swiglu_codes, swiglu_gradients
+from .quantise import input_codes
 from .state import FP8Module, result_dtype
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -62,10 +62,10 @@ class _Experts(torch.autograd.Function):
         state, (gate_up, down), needs = ctx.state, ctx.weights, ctx.needs_input_grad
         fmt, rows = state.recipe.scale_fmt, order // weights.shape[1]
         # Quantised by token and then handed to the experts, as it would be sent to them.
-        sent = _gathered(*gradient_codes(grad, fmt, state.statistics), rows)
+        sent = _gathered(*state.gradient(grad, True, False)[0], rows)
         reached = grouped_fp8_gemm(*sent, ctx.second.codes_t, ctx.second.scale_t, offsets, out_dtype=grad.dtype)
         row_weights = weights.reshape(-1)[order].float()
-        grad_inner, product, share = swiglu_backward(inner, inner_scale, reached, row_weights)
+        along, turned, product, share = swiglu_gradients(inner, inner_scale, reached, state, row_weights, offsets)
         result: list[Any] = [None] * 8
         if needs[3]:
             # Rows of experts that live elsewhere were never written: they are masked, not multiplied by zero.
@@ -73,16 +73,13 @@ class _Experts(torch.autograd.Function):
             result[3] = share[inverse].masked_fill(dead, 0).view_as(weights).to(weights.dtype)
         if needs[2]:
             left = retile(grad, rows=rows, offsets=offsets, scale_fmt=fmt)
-            right = retile(product, offsets=offsets, scale_fmt=fmt)
-            result[2] = _weight_gradient(left, right, offsets, down, state)
+            result[2] = _weight_gradient(left, product, offsets, down, state)
         del product, reached, sent
         if needs[1]:
-            left = retile(grad_inner, offsets=offsets, scale_fmt=fmt)
             right = retile(codes, scale, rows=rows, offsets=offsets, scale_fmt=fmt)
-            result[1] = _weight_gradient(left, right, offsets, gate_up, state)
+            result[1] = _weight_gradient(turned, right, offsets, gate_up, state)
         if needs[0]:
-            back = gradient_codes(grad_inner, fmt, state.statistics)
-            dx = grouped_fp8_gemm(*back, ctx.first.codes_t, ctx.first.scale_t, offsets, out_dtype=grad.dtype)
+            dx = grouped_fp8_gemm(*along, ctx.first.codes_t, ctx.first.scale_t, offsets, out_dtype=grad.dtype)
             ops = torch.ops.deepseek_v3
             result[0] = ops.combine(dx, inverse, offsets, None, grad.shape[0], "auto").to(ctx.dtype)
         return tuple(result)

@@ -8,9 +8,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ...kernels import fp8_gemm, quantize_activation, quantize_swiglu, retile, swiglu_backward, unpack_e5m6
+from ...kernels import (
+    fp8_gemm,
+    quantize_activation,
+    quantize_swiglu,
+    retile,
+    swiglu_backward,
+    swiglu_backward_codes,
+    unpack_e5m6,
+)
 from ...modeling_deepseek_v3.layers import DeepseekV3MLP
-from .quantise import gradient_codes, input_codes
+from .quantise import input_codes
 from .state import FP8Module, FP8State, result_dtype
 from .weights import Codes
 
@@ -29,19 +37,18 @@ class Packed(NamedTuple):
         return unpack_e5m6(self.high, self.low, self.scale, self.width, dtype=self.dtype)
 
 
-def input_gradient(grad: torch.Tensor, weight: Codes, state: FP8State) -> torch.Tensor:
-    """Dgrad: [M, N] to [M, K], of the gradient's dtype."""
+def input_gradient(grad: Any, weight: Codes, dtype: torch.dtype) -> torch.Tensor:
+    """Dgrad: codes and scales of [M, N] to [M, K]."""
     assert weight.codes_t is not None and weight.scale_t is not None
-    codes = gradient_codes(grad, state.recipe.scale_fmt, state.statistics)
-    return fp8_gemm(*codes, weight.codes_t, weight.scale_t, out_dtype=grad.dtype)
+    return fp8_gemm(*grad, weight.codes_t, weight.scale_t, out_dtype=dtype)
 
 
 def weight_gradient(
-    grad: torch.Tensor, x: tuple[torch.Tensor, torch.Tensor | None], state: FP8State, dtype: torch.dtype
+    grad: Any, x: tuple[torch.Tensor, torch.Tensor | None], state: FP8State, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Wgrad: gradient [M, N] and input [M, K], as codes or values, both in 128 x 1 tiles along the rows: [N, K]."""
-    fmt = state.recipe.scale_fmt
-    return fp8_gemm(*retile(grad, scale_fmt=fmt), *retile(*x, scale_fmt=fmt), out_dtype=dtype)
+    """Wgrad: codes and scales of the gradient in 128 x 1 tiles [N, M], and the input [M, K] as codes or values:
+    [N, K]."""
+    return fp8_gemm(*grad, *retile(*x, scale_fmt=state.recipe.scale_fmt), out_dtype=dtype)
 
 
 class _Linear(torch.autograd.Function):
@@ -67,15 +74,15 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        rows = grad.reshape(-1, grad.shape[-1])
         dx = dw = None
-        if ctx.needs_input_grad[0]:
-            dx = input_gradient(rows, ctx.kept, ctx.state).view(*grad.shape[:-1], -1).to(ctx.dtype)
-        if ctx.needs_input_grad[1]:
+        along, down = ctx.state.gradient(grad, *ctx.needs_input_grad[:2])
+        if along is not None:
+            dx = input_gradient(along, ctx.kept, grad.dtype).view(*grad.shape[:-1], -1).to(ctx.dtype)
+        if down is not None:
             dtype = ctx.state.recipe.gradient_dtype(ctx.weight)
             saved = ctx.saved_tensors
             x = saved if ctx.packed is None else (Packed(*saved, *ctx.packed).values(), None)
-            dw = weight_gradient(rows, x, ctx.state, dtype).to(ctx.weight.dtype)
+            dw = weight_gradient(down, x, ctx.state, dtype).to(ctx.weight.dtype)
         return dx, dw, None, None, None, None
 
 
@@ -114,6 +121,22 @@ def swiglu_codes(gate_up: torch.Tensor, state: FP8State) -> tuple[torch.Tensor, 
     return codes, scale
 
 
+def swiglu_gradients(
+    gate_up: torch.Tensor,
+    scale: torch.Tensor | None,
+    grad: torch.Tensor,
+    state: FP8State,
+    weights: torch.Tensor | None = None,
+    offsets: torch.Tensor | None = None,
+) -> tuple[Any, Any, Any, torch.Tensor]:
+    """See `swiglu_backward_codes`: the gradient to gate and up for Dgrad and for Wgrad, the product for Wgrad."""
+    fmt = state.recipe.scale_fmt
+    results = swiglu_backward_codes(gate_up, scale, grad, weights, offsets=offsets, scale_fmt=fmt)
+    if state.statistics.active:
+        state.statistics.count("gradient", swiglu_backward(gate_up, scale, grad, weights)[0], results[0][0])
+    return results
+
+
 class _MLP(torch.autograd.Function):
     """down(silu(gate x) * up x) with one product for gate and up; keeps codes of x and of gate and up alone."""
 
@@ -143,17 +166,16 @@ class _MLP(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         codes, scale, gate_up, gate_up_scale = ctx.saved_tensors
         state, (gate, _, down), needs = ctx.state, ctx.weights, ctx.needs_input_grad
-        rows = grad.reshape(-1, grad.shape[-1])
-        inner = input_gradient(rows, ctx.second, state)
-        grad_gate_up, product, _ = swiglu_backward(gate_up, gate_up_scale, inner)
+        along, across = state.gradient(grad, True, needs[3])
+        inner = input_gradient(along, ctx.second, grad.dtype)
         result: list[Any] = [None] * 7
+        along, turned, product, _ = swiglu_gradients(gate_up, gate_up_scale, inner, state)
         if needs[3]:
-            dtype = state.recipe.gradient_dtype(down)
-            result[3] = weight_gradient(rows, (product, None), state, dtype).to(down.dtype)
+            result[3] = fp8_gemm(*across, *product, out_dtype=state.recipe.gradient_dtype(down)).to(down.dtype)
         if needs[0]:
-            result[0] = input_gradient(grad_gate_up, ctx.first, state).view(*grad.shape[:-1], -1).to(ctx.dtype)
+            result[0] = input_gradient(along, ctx.first, grad.dtype).view(*grad.shape[:-1], -1).to(ctx.dtype)
         if needs[1] or needs[2]:
-            both = weight_gradient(grad_gate_up, (codes, scale), state, state.recipe.gradient_dtype(gate))
+            both = weight_gradient(turned, (codes, scale), state, state.recipe.gradient_dtype(gate))
             halves = both.to(gate.dtype).chunk(2)
             result[1:3] = [half if needed else None for half, needed in zip(halves, needs[1:3], strict=True)]
         return tuple(result)
