@@ -23,6 +23,7 @@ def taken(x, x_scale, source, m, stop, col, width, x_m, xs_m, xs_g, SCALED: tl.c
 @triton.jit
 def store_rows(value, codes, scale, m, rows, col, width, codes_m, scale_m, floor, POWER: tl.constexpr):
     """1 x 128 tiles: the columns of value are one."""
+    value = value.to(tl.float32)
     s = scale_of(largest(value, 1), floor, POWER)
     tl.store(scale + m.to(tl.int64) * scale_m, s, mask=m < rows)
     mask = (m < rows)[:, None] & (col < width)[None, :]
@@ -42,6 +43,7 @@ def store_columns(
 ):  # fmt: skip
     """The 128 x 1 tiles of a group, transposed, of its rows 4 i (a) to 4 i + 3 (d). PACKED: four codes at a time,
     which a quarter of the exchanges between threads transposes."""
+    a, b, c, d = a.to(tl.float32), b.to(tl.float32), c.to(tl.float32), d.to(tl.float32)
     most = tl.maximum(tl.maximum(magnitude(a), magnitude(b)), tl.maximum(magnitude(c), magnitude(d)))
     s = scale_of(tl.max(most, 0), floor, POWER)
     tl.store(scale + col.to(tl.int64) * scale_d + group.to(tl.int64) * scale_g, s, mask=col < width)
@@ -57,6 +59,20 @@ def store_columns(
         tl.store(codes + place + 1, encoded(b, s[None, :]), mask=inside & (last + 1 < rows)[:, None])
         tl.store(codes + place + 2, encoded(c, s[None, :]), mask=inside & (last + 2 < rows)[:, None])
         tl.store(codes + place + 3, encoded(d, s[None, :]), mask=inside & (last + 3 < rows)[:, None])
+
+
+@triton.jit
+def store_both(
+    a, b, c, d, codes, scale, row_codes, row_scale, group, m, stop, rows, col, width,
+    codes_d, scale_d, scale_g, rc_m, rs_m, floor, POWER: tl.constexpr, PACKED: tl.constexpr, GROUPED: tl.constexpr,
+):  # fmt: skip
+    """A tile's codes along rows and down columns."""
+    store_rows(a, row_codes, row_scale, m, stop, col, width, rc_m, rs_m, floor, POWER)
+    store_rows(b, row_codes, row_scale, m + 1, stop, col, width, rc_m, rs_m, floor, POWER)
+    store_rows(c, row_codes, row_scale, m + 2, stop, col, width, rc_m, rs_m, floor, POWER)
+    store_rows(d, row_codes, row_scale, m + 3, stop, col, width, rc_m, rs_m, floor, POWER)
+    store_columns(a, b, c, d, codes, scale, group, rows, col, width, codes_d, scale_d, scale_g, floor, POWER, PACKED,
+                  GROUPED)  # fmt: skip
 
 
 @triton.jit
@@ -84,13 +100,11 @@ def retile_columns(
     c = taken(x, x_scale, source, m + 2, stop, col, width, x_m, xs_m, tile * xs_g, SCALED, GATHER)
     d = taken(x, x_scale, source, m + 3, stop, col, width, x_m, xs_m, tile * xs_g, SCALED, GATHER)
     if ROWS:
-        beside = row_scale + tile * rs_g
-        store_rows(a, row_codes, beside, m, stop, col, width, rc_m, rs_m, floor, POWER)
-        store_rows(b, row_codes, beside, m + 1, stop, col, width, rc_m, rs_m, floor, POWER)
-        store_rows(c, row_codes, beside, m + 2, stop, col, width, rc_m, rs_m, floor, POWER)
-        store_rows(d, row_codes, beside, m + 3, stop, col, width, rc_m, rs_m, floor, POWER)
-    store_columns(a, b, c, d, codes, scale, group, rows, col, width, codes_d, scale_d, scale_g, floor, POWER, PACKED,
-                  GROUPED)  # fmt: skip
+        store_both(a, b, c, d, codes, scale, row_codes, row_scale + tile * rs_g, group, m, stop, rows, col, width,
+                   codes_d, scale_d, scale_g, rc_m, rs_m, floor, POWER, PACKED, GROUPED)  # fmt: skip
+    else:
+        store_columns(a, b, c, d, codes, scale, group, rows, col, width, codes_d, scale_d, scale_g, floor, POWER,
+                      PACKED, GROUPED)  # fmt: skip
 
 
 @triton.jit
@@ -141,34 +155,28 @@ def widened(x, scale, m, live, col, width, x_m, s_m, s_g, SCALED: tl.constexpr):
 
 
 @triton.jit
-def swiglu_part(
-    part, gate_up, gu_scale, grad, weights, share, m, stop, col, width, gu_m, gs_m, tile_g, half_g, g_m,
+def swiglu_quarter(
+    gate_up, gu_scale, grad, weights, share, m, stop, col, width, gu_m, gs_m, tile_g, half_g, g_m,
     SCALED: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
-    """Rows m of the gradient to gate (part 0), to up (1), or of the product (2), whose weights' gradient goes to
-    share; rounded to the gradient's dtype."""
+    """Of rows m the gradients to gate and to up and the product, in the gradient's dtype; to share the weights'."""
     live = m < stop
     m = m.to(tl.int64)
-    w = tl.load(weights + m, mask=live, other=0.0).to(tl.float32) if WEIGHTED else 1.0
     gate = widened(gate_up, gu_scale, m, live, col, width, gu_m, gs_m, tile_g, SCALED)
+    up = widened(gate_up + width, gu_scale, m, live, col, width, gu_m, gs_m, tile_g + half_g, SCALED)
+    mask = live[:, None] & (col < width)[None, :]
+    d = tl.load(grad + m[:, None] * g_m + col[None, :], mask=mask, other=0.0).to(tl.float32)
     sigmoid = tl.sigmoid(gate)
     silu = gate * sigmoid
-    value = silu
-    if part != 1:
-        up = widened(gate_up + width, gu_scale, m, live, col, width, gu_m, gs_m, tile_g + half_g, SCALED)
-        value = silu * up if part == 2 else up
-    if (part != 2) | WEIGHTED:
-        d = tl.load(grad + m[:, None] * g_m + col[None, :], mask=live[:, None] & (col < width)[None, :], other=0.0)
-        d = d.to(tl.float32)
-        if WEIGHTED:
-            if part == 2:
-                tl.store(share + m, tl.sum(d * value, 1), mask=live)
-                d = tl.zeros_like(d) + 1.0
-            d = d * w[:, None]
-        value = d * value
-        if part == 0:
-            value = value * (sigmoid * (1 + gate * (1 - sigmoid)))
-    return value.to(grad.dtype.element_ty).to(tl.float32)
+    product = silu * up
+    if WEIGHTED:
+        tl.store(share + m, tl.sum(d * product, 1), mask=live)
+        w = tl.load(weights + m, mask=live, other=0.0).to(tl.float32)[:, None]
+        d = d * w
+        product = product * w
+    dtype: tl.constexpr = grad.dtype.element_ty
+    slope = sigmoid * (1 + gate * (1 - sigmoid))
+    return (d * up * slope).to(dtype), (d * silu).to(dtype), product.to(dtype)
 
 
 @triton.jit
@@ -178,11 +186,9 @@ def swiglu_gradient_codes(
     BLOCK_E: tl.constexpr, POWER: tl.constexpr, SCALED: tl.constexpr, WEIGHTED: tl.constexpr,
     GROUPED: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """A 128 x 128 tile of one part of SwiGLU's backward; the three parts of a tile run side by side and share what
-    they read through the cache. share: [width / 128, rows], a part of the sum each."""
-    part = tl.program_id(0) % 3
-    piece = tl.program_id(0) // 3
-    group = tl.program_id(1)
+    """A 128 x 128 tile of all that SwiGLU's backward gives. share: [width / 128, rows], a part of the sum each."""
+    group = tl.program_id(0)
+    piece = tl.program_id(1)
     start = group * 128
     stop = tl.minimum(start + 128, rows)
     if GROUPED:
@@ -191,28 +197,25 @@ def swiglu_gradient_codes(
             return
     m = start + 4 * tl.arange(0, 32)
     col = piece * 128 + tl.arange(0, 128)
-    tile_g = tl.cast(piece, tl.int64) * gs_g
-    half_g = tl.cast(width // 128, tl.int64) * gs_g
-    sums = share + tl.cast(piece, tl.int64) * rows
-    a = swiglu_part(part, gate_up, gu_scale, grad, weights, sums, m, stop, col, width, gu_m, gs_m, tile_g, half_g,
-                    g_m, SCALED, WEIGHTED)  # fmt: skip
-    b = swiglu_part(part, gate_up, gu_scale, grad, weights, sums, m + 1, stop, col, width, gu_m, gs_m, tile_g, half_g,
-                    g_m, SCALED, WEIGHTED)  # fmt: skip
-    c = swiglu_part(part, gate_up, gu_scale, grad, weights, sums, m + 2, stop, col, width, gu_m, gs_m, tile_g, half_g,
-                    g_m, SCALED, WEIGHTED)  # fmt: skip
-    d = swiglu_part(part, gate_up, gu_scale, grad, weights, sums, m + 3, stop, col, width, gu_m, gs_m, tile_g, half_g,
-                    g_m, SCALED, WEIGHTED)  # fmt: skip
-    if part == 2:
-        store_columns(a, b, c, d, product, product_scale, group, rows, col, width, codes_d, ps_d, ps_g, floor, POWER,
-                      PACKED, GROUPED)  # fmt: skip
-    else:
-        # The gradients to gate and up lie side by side.
-        beside = row_scale + (part * (width // 128) + piece).to(tl.int64) * rs_g
-        along = row_codes + part * width
-        store_rows(a, along, beside, m, stop, col, width, rc_m, rs_m, floor, POWER)
-        store_rows(b, along, beside, m + 1, stop, col, width, rc_m, rs_m, floor, POWER)
-        store_rows(c, along, beside, m + 2, stop, col, width, rc_m, rs_m, floor, POWER)
-        store_rows(d, along, beside, m + 3, stop, col, width, rc_m, rs_m, floor, POWER)
-        below = tl.cast(part * width, tl.int64)
-        store_columns(a, b, c, d, codes + below * codes_d, scale + below * scale_d, group, rows, col, width, codes_d,
-                      scale_d, scale_g, floor, POWER, PACKED, GROUPED)  # fmt: skip
+    tile_g = piece.to(tl.int64) * gs_g
+    half = width // 128
+    half_g = tl.cast(half, tl.int64) * gs_g
+    sums = share + piece.to(tl.int64) * rows
+    gate_a, up_a, out_a = swiglu_quarter(gate_up, gu_scale, grad, weights, sums, m, stop, col, width, gu_m, gs_m,
+                                         tile_g, half_g, g_m, SCALED, WEIGHTED)  # fmt: skip
+    gate_b, up_b, out_b = swiglu_quarter(gate_up, gu_scale, grad, weights, sums, m + 1, stop, col, width, gu_m, gs_m,
+                                         tile_g, half_g, g_m, SCALED, WEIGHTED)  # fmt: skip
+    gate_c, up_c, out_c = swiglu_quarter(gate_up, gu_scale, grad, weights, sums, m + 2, stop, col, width, gu_m, gs_m,
+                                         tile_g, half_g, g_m, SCALED, WEIGHTED)  # fmt: skip
+    gate_d, up_d, out_d = swiglu_quarter(gate_up, gu_scale, grad, weights, sums, m + 3, stop, col, width, gu_m, gs_m,
+                                         tile_g, half_g, g_m, SCALED, WEIGHTED)  # fmt: skip
+    store_columns(out_a, out_b, out_c, out_d, product, product_scale, group, rows, col, width, codes_d, ps_d, ps_g,
+                  floor, POWER, PACKED, GROUPED)  # fmt: skip
+    # The gradients to gate and up lie side by side.
+    beside = row_scale + piece.to(tl.int64) * rs_g
+    store_both(gate_a, gate_b, gate_c, gate_d, codes, scale, row_codes, beside, group, m, stop, rows, col, width,
+               codes_d, scale_d, scale_g, rc_m, rs_m, floor, POWER, PACKED, GROUPED)  # fmt: skip
+    below = tl.cast(width, tl.int64)
+    store_both(up_a, up_b, up_c, up_d, codes + below * codes_d, scale + below * scale_d, row_codes + width,
+               beside + tl.cast(half, tl.int64) * rs_g, group, m, stop, rows, col, width,
+               codes_d, scale_d, scale_g, rc_m, rs_m, floor, POWER, PACKED, GROUPED)  # fmt: skip

@@ -68,7 +68,7 @@ def swiglu_backward_codes(gate_up, scale, grad, weights, offsets, scale_fmt, ama
     product = pair(width, padded, groups)
     share = torch.empty(width // 128 if weights is not None else 0, rows, dtype=torch.float32, device=grad.device)
     if rows:
-        swiglu_gradient_codes[(3 * width // 128, groups)](
+        swiglu_gradient_codes[(groups, width // 128)](
             gate_up, scale, grad, weights, share, *down, *along, *product, offsets,
             rows, width, experts, gate_up.stride(0), *(scale.stride() if scale is not None else (0, 0)),
             grad.stride(0), padded, *down[1].stride(), 2 * width, *along[1].stride(), *product[1].stride(),
