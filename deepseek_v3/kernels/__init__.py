@@ -8,7 +8,13 @@ from .e5m6 import pack_e5m6, unpack_e5m6
 from .experts import experts_forward, experts_step, is_step
 from .four_bit import widen_4bit
 from .fp8 import fp8_gemm
-from .fp8_training import quantize_both, retile, swiglu_backward, swiglu_backward_codes
+from .fp8_training import (
+    quantize_both,
+    retile,
+    swiglu_backward,
+    swiglu_backward_codes,
+    swiglu_forward_codes,
+)
 from .grouped import grouped_gemm, grouped_wgrad
 from .grouped_fp8 import grouped_fp8_gemm, grouped_fp8_wgrad, quantize_grouped_transposed
 from .heads import join_keys, rotate_queries
@@ -67,6 +73,7 @@ __all__ = [
     "sort_pairs",
     "swiglu_backward",
     "swiglu_backward_codes",
+    "swiglu_forward_codes",
     "unpack_e5m6",
     "transpose_codes",
     "widen_4bit",

@@ -136,6 +136,55 @@ def quantize_both(
     return dispatch.ops.quantize_both(x, scale_fmt, amax_floor, backend)
 
 
+def _forward_fake(gate_up, scale_fmt, amax_floor, backend):
+    rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+
+    def pair(width):
+        codes = gate_up.new_empty(rows, width, dtype=torch.float8_e4m3fn)
+        return codes, gate_up.new_empty((width + 127) // 128, rows, dtype=torch.float32).t()
+
+    return *pair(width), *pair(2 * width)
+
+
+@dispatch.define(
+    "swiglu_forward_codes(Tensor gate_up, str? scale_fmt, float amax_floor, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _forward_fake,
+)
+def _forward(gate_up, scale_fmt, amax_floor, backend):
+    odd = None if gate_up.dtype in TRITON_DTYPES else f"{gate_up.dtype}"
+    if gate_up.shape[1] % 256:
+        odd = odd or "a width that 128 does not divide"
+    if not _is_triton(gate_up, odd, backend):
+        return reference.swiglu_forward_codes(gate_up, scale_fmt, amax_floor)
+    from .triton.launch_fp8_training import swiglu_forward_codes as launch
+
+    return launch(gate_up if gate_up.stride(-1) == 1 else gate_up.contiguous(), scale_fmt, amax_floor)
+
+
+def swiglu_forward_codes(
+    gate_up: torch.Tensor, *, scale_fmt: str | None = None, amax_floor: float = AMAX_FLOOR, backend: str = "auto"
+) -> tuple[Pair, Pair]:
+    """``quantize_swiglu`` of the two halves and ``quantize_activation`` of both, of one read.
+
+    Args:
+        gate_up: [P, 2F], float16/bfloat16/float32/float64, gate first.
+        scale_fmt, amax_floor: as for ``quantize_weight``. backend: "auto", "triton" or "torch".
+
+    Returns:
+        Codes [P, F] and scale [P, ceil(F / 128)] of silu(gate) * up, rounded to gate_up's dtype before; codes [P, 2F]
+        and scale of gate_up. Scales are stored by group.
+
+    Raises:
+        ValueError: another shape or dtype. RuntimeError: a backend asked for that cannot run here.
+    """
+    if gate_up.dim() != 2 or gate_up.shape[1] % 2 or not gate_up.is_floating_point() or gate_up.dtype.itemsize < 2:
+        raise ValueError(f"gate_up must be a floating matrix [P, 2F], got {gate_up.dtype} {tuple(gate_up.shape)}")
+    check_scale_format(scale_fmt)
+    codes, scale, kept, kept_scale = dispatch.ops.swiglu_forward_codes(gate_up, scale_fmt, amax_floor, backend)
+    return (codes, scale), (kept, kept_scale)
+
+
 def _check_swiglu(
     gate_up: torch.Tensor, scale: torch.Tensor | None, grad: torch.Tensor, weights: torch.Tensor | None
 ) -> None:
@@ -247,8 +296,8 @@ def swiglu_backward_codes(
         offsets, scale_fmt, amax_floor: as for ``retile``. backend: "auto", "triton" or "torch".
 
     Returns:
-        Of the gradient to gate_up ``quantize_activation`` and ``retile``, of ``weights * h`` ``retile``, each codes and
-        scale; the weights' gradient, float32 [P], where there are weights. Rows past the last expert's are left
+        Of the gradient to gate_up ``quantize_activation`` and ``retile``, of ``weights * h`` ``retile``, each codes
+        and scale; the weights' gradient, float32 [P], where there are weights. Rows past the last expert's are left
         unwritten.
 
     Raises:

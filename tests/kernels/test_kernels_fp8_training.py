@@ -7,10 +7,12 @@ from deepseek_v3.kernels import (
     pack_e5m6,
     quantize_activation,
     quantize_both,
+    quantize_swiglu,
     retile,
     sort_pairs,
     swiglu_backward,
     swiglu_backward_codes,
+    swiglu_forward_codes,
     unpack_e5m6,
 )
 
@@ -110,6 +112,20 @@ def test_swiglu_backward_is_the_derivative(target, shape, scaled, weighted):
     for got, want in zip(results, (expected, product.detach(), share), strict=True):
         bound = (eps if got.dtype == target.dtype else 1e-5) * want.abs() + 1e-5 * want.abs().max()
         assert (got.cpu().double() - want).abs().le(bound + 1e-6).all()
+
+
+# One row, rows that no block divides, several pieces of columns; a width that 128 does not divide.
+@pytest.mark.parametrize("shape", [(1, 128), (37, 256), (5, 72)])
+def test_swiglu_and_its_inputs_of_one_read(target, shape):
+    rows, width = shape
+    backend = "auto" if width % 128 else target.backend
+    gate_up = torch.randn(rows, 2 * width, device=target.device).to(target.dtype)
+    product, kept_codes = swiglu_forward_codes(gate_up, backend=backend)
+    gate, up = gate_up.chunk(2, dim=-1)
+    for got, want in zip(
+        product + kept_codes, (*quantize_swiglu(gate, up), *quantize_activation(gate_up)), strict=True
+    ):
+        assert torch.equal(got.float(), want.float())
 
 
 # Whole and short tiles, several pieces of columns; values and codes; with and without weights.
@@ -213,6 +229,8 @@ def test_e5m6_of_what_it_wrote_is_exact_and_broken_tiles_say_so(target):
         (lambda: pack_e5m6(torch.ones(4)), "floating matrix"),
         (lambda: unpack_e5m6(*pack_e5m6(torch.ones(4, 128)), 129), "do not fit"),
         (lambda: retile(torch.ones(2, 3, 4)), "x must be"),
+        (lambda: quantize_both(torch.ones(4)), "x must be"),
+        (lambda: swiglu_forward_codes(torch.ones(4, 3)), "gate_up must be"),
         (lambda: retile(torch.ones(4, 128), torch.ones(4, 1)), "x must be"),
         (lambda: retile(torch.ones(4, 128).to(torch.float8_e4m3fn), torch.ones(4, 2)), "does not fit codes"),
         (lambda: retile(torch.ones(4, 128), rows=torch.arange(4)), "rows must be"),

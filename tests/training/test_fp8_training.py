@@ -9,7 +9,7 @@ from test_fp8_products import gradients, layer
 from transformers import Trainer, TrainingArguments
 
 from deepseek_v3 import DeepseekV3ForCausalLM, FP8Config
-from deepseek_v3.training import AdamWBF16, FP8Recipe, disable_fp8_training, enable_fp8_training
+from deepseek_v3.training import FP8Recipe, disable_fp8_training, enable_fp8_training
 from deepseek_v3.training.fp8 import weights as weight_codes
 from deepseek_v3.training.fp8.enable import fp8_modules
 from twins import make_model

@@ -26,6 +26,14 @@ def quantize_both(x, scale_fmt, amax_floor):
     return codes.contiguous(), by_group(scale), *retile(x, None, None, None, scale_fmt, amax_floor)
 
 
+def swiglu_forward_codes(gate_up, scale_fmt, amax_floor):
+    """See ``deepseek_v3.kernels.swiglu_forward_codes``."""
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    codes, scale = quantize_activation((gate * gate.sigmoid() * up).to(gate_up.dtype), 128, scale_fmt, amax_floor)
+    kept, kept_scale = quantize_activation(gate_up, 128, scale_fmt, amax_floor)
+    return codes.contiguous(), by_group(scale), kept.contiguous(), by_group(kept_scale)
+
+
 def swiglu_backward(gate_up, scale, grad, weights):
     """See ``deepseek_v3.kernels.swiglu_backward``."""
     gate, up = (gate_up.float() if scale is None else widen(gate_up, scale)).chunk(2, dim=-1)

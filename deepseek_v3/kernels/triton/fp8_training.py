@@ -108,6 +108,26 @@ def retile_columns(
 
 
 @triton.jit
+def swiglu_codes(
+    gate_up, codes, scale, kept, kept_scale, rows, width, gu_m, scale_m, scale_g, kept_m, kept_g, floor,
+    BLOCK: tl.constexpr, POWER: tl.constexpr,
+):  # fmt: skip
+    """BLOCK rows of one 128-column tile of gate, of up and of their product, rounded to their dtype first."""
+    m = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    piece = tl.program_id(1).to(tl.int64)
+    col = tl.program_id(1) * 128 + tl.arange(0, 128)
+    mask = (m < rows)[:, None] & (col < width)[None, :]
+    place = gate_up + m.to(tl.int64)[:, None] * gu_m + col[None, :]
+    gate = tl.load(place, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(place + width, mask=mask, other=0.0).to(tl.float32)
+    store_rows(gate, kept, kept_scale + piece * kept_g, m, rows, col, width, 2 * width, kept_m, floor, POWER)
+    beside = kept_scale + (piece + width // 128) * kept_g
+    store_rows(up, kept + width, beside, m, rows, col, width, 2 * width, kept_m, floor, POWER)
+    product = (gate * tl.sigmoid(gate) * up).to(gate_up.dtype.element_ty)
+    store_rows(product, codes, scale + piece * scale_g, m, rows, col, width, width, scale_m, floor, POWER)
+
+
+@triton.jit
 def swiglu_gradient(
     gate_up, gu_scale, grad, weights, grad_gate_up, out, share, rows, width, gu_m, gs_m, gs_g, g_m,
     BLOCK: tl.constexpr, SCALED: tl.constexpr, WEIGHTED: tl.constexpr,

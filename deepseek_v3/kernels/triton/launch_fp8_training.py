@@ -5,7 +5,7 @@ import torch
 from ..reference.fp8 import padded_groups
 from ..reference.quantize import AMAX_FLOOR
 from .e5m6 import pack_tiles, unpack_tiles
-from .fp8_training import retile_columns, swiglu_gradient, swiglu_gradient_codes
+from .fp8_training import retile_columns, swiglu_codes, swiglu_gradient, swiglu_gradient_codes
 from .launching import cdiv, next_power_of_2
 
 BLOCK, WARPS = 128, 8
@@ -18,12 +18,8 @@ def retile(x, x_scale, source, offsets, scale_fmt, amax_floor, both=False):
     experts = 0 if offsets is None else offsets.numel() - 1
     groups = cdiv(rows, 128) if offsets is None else padded_groups(rows, experts)
     padded = rows if offsets is None else groups * 128
-    codes = torch.empty(width, padded, dtype=torch.float8_e4m3fn, device=x.device)
-    scale = torch.empty(groups, width, dtype=torch.float32, device=x.device).t()  # by group, as the products read it
-    along = scale_along = None
-    if both:
-        along = torch.empty(rows, width, dtype=torch.float8_e4m3fn, device=x.device)
-        scale_along = torch.empty(cdiv(width, 128), rows, dtype=torch.float32, device=x.device).t()
+    codes, scale = _pair(width, padded, groups, x.device)
+    along, scale_along = _pair(rows, width, cdiv(width, 128), x.device) if both else (None, None)
     if codes.numel():
         block = 128 if both else BLOCK
         retile_columns[(groups, cdiv(width, block))](
@@ -35,6 +31,26 @@ def retile(x, x_scale, source, offsets, scale_fmt, amax_floor, both=False):
             PACKED=padded % 4 == 0, ROWS=both, num_warps=8 if both else WARPS,
         )  # fmt: skip
     return (along, scale_along, codes, scale) if both else (codes, scale)
+
+
+def _pair(rows, width, groups, device):
+    """Room for codes [rows, width] and their scales [rows, groups], stored by group."""
+    codes = torch.empty(rows, width, dtype=torch.float8_e4m3fn, device=device)
+    return codes, torch.empty(groups, rows, dtype=torch.float32, device=device).t()
+
+
+def swiglu_forward_codes(gate_up, scale_fmt, amax_floor):
+    """See ``deepseek_v3.kernels.swiglu_forward_codes``; 128 divides F."""
+    rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+    product = _pair(rows, width, width // 128, gate_up.device)
+    kept = _pair(rows, 2 * width, 2 * width // 128, gate_up.device)
+    if rows:
+        block = 32
+        swiglu_codes[(cdiv(rows, block), width // 128)](
+            gate_up, *product, *kept, rows, width, gate_up.stride(0), *product[1].stride(), *kept[1].stride(),
+            max(amax_floor, AMAX_FLOOR), BLOCK=block, POWER=scale_fmt is not None, num_warps=4,
+        )  # fmt: skip
+    return *product, *kept
 
 
 def swiglu_backward(gate_up, scale, grad, weights):
@@ -59,13 +75,8 @@ def swiglu_backward_codes(gate_up, scale, grad, weights, offsets, scale_fmt, ama
     experts = 0 if offsets is None else offsets.numel() - 1
     groups = cdiv(rows, 128) if offsets is None else padded_groups(rows, experts)
     padded = rows if offsets is None else groups * 128
-
-    def pair(height, length, groups):
-        codes = torch.empty(height, length, dtype=torch.float8_e4m3fn, device=grad.device)
-        return codes, torch.empty(groups, height, dtype=torch.float32, device=grad.device).t()
-
-    along, down = pair(rows, 2 * width, 2 * width // 128), pair(2 * width, padded, groups)
-    product = pair(width, padded, groups)
+    along = _pair(rows, 2 * width, 2 * width // 128, grad.device)
+    down, product = (_pair(height, padded, groups, grad.device) for height in (2 * width, width))
     share = torch.empty(width // 128 if weights is not None else 0, rows, dtype=torch.float32, device=grad.device)
     if rows:
         swiglu_gradient_codes[(groups, width // 128)](

@@ -13,7 +13,7 @@ import torch
 
 from ...kernels import combine_pairs, grouped_fp8_gemm, grouped_fp8_wgrad, retile, sort_pairs
 from ...modeling_deepseek_v3.moe import DeepseekV3Experts, DeepseekV3MoE
-from .linear import kept_swiglu_inputs, swiglu_codes, swiglu_gradients
+from .linear import swiglu_codes, swiglu_gradients
 from .quantise import input_codes
 from .state import FP8Module, result_dtype
 
@@ -48,11 +48,11 @@ class _Experts(torch.autograd.Function):
         second = state.weight(down, transposed=wanted)
         x = _gathered(codes, scale, rows)
         inner = grouped_fp8_gemm(*x, first.codes, first.scale, offsets, out_dtype=dtype)  # [P, 2F]
-        y = grouped_fp8_gemm(*swiglu_codes(inner, state), second.codes, second.scale, offsets, out_dtype=dtype)
+        product, kept = swiglu_codes(inner, state, wanted)
+        y = grouped_fp8_gemm(*product, second.codes, second.scale, offsets, out_dtype=dtype)
         ctx.state, ctx.first, ctx.second, ctx.weights = state, first, second, (gate_up, down)
         ctx.dtype = hidden.dtype
         if wanted:
-            kept = kept_swiglu_inputs(inner, state)
             ctx.save_for_backward(codes, scale, *kept, weights, order, inverse, offsets)
         return combine_pairs(y, inverse, offsets, weights)
 

@@ -10,11 +10,11 @@ from torch import nn
 
 from ...kernels import (
     fp8_gemm,
-    quantize_activation,
     quantize_swiglu,
     retile,
     swiglu_backward,
     swiglu_backward_codes,
+    swiglu_forward_codes,
     unpack_e5m6,
 )
 from ...modeling_deepseek_v3.layers import DeepseekV3MLP
@@ -105,20 +105,19 @@ class FP8TrainingLinear(FP8Module, nn.Linear):
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
 
-def kept_swiglu_inputs(gate_up: torch.Tensor, state: FP8State) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What the backward keeps of gate and up [M, 2F], by the recipe."""
-    if state.recipe.swiglu_inputs == "input_dtype":
-        return gate_up, None
-    return quantize_activation(gate_up, scale_fmt=state.recipe.scale_fmt)
-
-
-def swiglu_codes(gate_up: torch.Tensor, state: FP8State) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes of silu(gate) * up [M, F] from gate and up side by side [M, 2F]."""
+def swiglu_codes(gate_up: torch.Tensor, state: FP8State, keep: bool) -> tuple[Any, Any]:
+    """Codes and scales of silu(gate) * up [M, F] from gate and up side by side [M, 2F]; where `keep`, what the backward
+    keeps of these, by the recipe, as codes and scales or as they are and None."""
+    fmt = state.recipe.scale_fmt
     gate, up = gate_up.chunk(2, dim=-1)
-    codes, scale = quantize_swiglu(gate, up, scale_fmt=state.recipe.scale_fmt)
+    kept: Any = gate_up, None
+    if keep and state.recipe.swiglu_inputs == "fp8":
+        product, kept = swiglu_forward_codes(gate_up, scale_fmt=fmt)
+    else:
+        product = quantize_swiglu(gate, up, scale_fmt=fmt)
     if state.statistics.active:
-        state.statistics.count("activation", nn.functional.silu(gate) * up, codes)
-    return codes, scale
+        state.statistics.count("activation", nn.functional.silu(gate) * up, product[0])
+    return product, kept
 
 
 def swiglu_gradients(
@@ -156,10 +155,11 @@ class _MLP(torch.autograd.Function):
         first = state.weight(gate, up, transposed=ctx.needs_input_grad[0])
         second = state.weight(down, transposed=wanted)
         gate_up = fp8_gemm(codes, scale, first.codes, first.scale, out_dtype=dtype)  # [M, 2F]
-        out = fp8_gemm(*swiglu_codes(gate_up, state), second.codes, second.scale, out_dtype=dtype)
+        product, kept = swiglu_codes(gate_up, state, wanted)
+        out = fp8_gemm(*product, second.codes, second.scale, out_dtype=dtype)
         ctx.state, ctx.first, ctx.second, ctx.weights, ctx.dtype = state, first, second, (gate, up, down), x.dtype
         if wanted:
-            ctx.save_for_backward(codes, scale, *kept_swiglu_inputs(gate_up, state))
+            ctx.save_for_backward(codes, scale, *kept)
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
