@@ -106,8 +106,8 @@ class FP8TrainingLinear(FP8Module, nn.Linear):
 
 
 def swiglu_codes(gate_up: torch.Tensor, state: FP8State, keep: bool) -> tuple[Any, Any]:
-    """Codes and scales of silu(gate) * up [M, F] from gate and up side by side [M, 2F]; where `keep`, what the backward
-    keeps of these, by the recipe, as codes and scales or as they are and None."""
+    """Codes and scales of silu(gate) * up [M, F] from gate and up side by side [M, 2F]; where `keep`, what the
+    backward keeps of these, by the recipe, as codes and scales or as they are and None."""
     fmt = state.recipe.scale_fmt
     gate, up = gate_up.chunk(2, dim=-1)
     kept: Any = gate_up, None
