@@ -8,12 +8,19 @@ from .e5m6 import pack_e5m6, unpack_e5m6
 from .experts import experts_forward, experts_step, is_silu, is_step
 from .four_bit import widen_4bit
 from .fp8 import fp8_gemm
-from .fp8_training import retile, swiglu_backward
+from .fp8_training import (
+    quantize_both,
+    retile,
+    swiglu_backward,
+    swiglu_backward_codes,
+    swiglu_forward_codes,
+)
 from .grouped import grouped_gemm, grouped_wgrad
 from .grouped_fp8 import grouped_fp8_gemm, grouped_fp8_wgrad, quantize_grouped_transposed
 from .heads import join_keys, rotate_queries
 from .mla import mla_decode
 from .norm import rms_norm, rotate, write_latents
+from .norm_training import joined_rms_norm
 from .permute import combine_pairs, gather_pairs, route, sort_pairs
 from .quantize import (
     dequantize_activation,
@@ -52,12 +59,14 @@ __all__ = [
     "is_single",
     "is_step",
     "join_keys",
+    "joined_rms_norm",
     "mla_decode",
     "Norm",
     "norm_and_write",
     "pack_e5m6",
     "quantize_activation",
     "quantize_activation_transposed",
+    "quantize_both",
     "quantize_grouped_transposed",
     "quantize_swiglu",
     "quantize_weight",
@@ -74,6 +83,8 @@ __all__ = [
     "sort_pairs",
     "swiglu",
     "swiglu_backward",
+    "swiglu_backward_codes",
+    "swiglu_forward_codes",
     "unpack_e5m6",
     "transpose_codes",
     "widen_4bit",

@@ -58,24 +58,20 @@ class DeepseekV3DecoderLayer(GradientCheckpointingLayer):
             joined = self._single(hidden_states, position_embeddings, past_key_values, spans)
         if joined is not None:
             return joined
+        normed, hidden_states = self._normed(self.input_layernorm, hidden_states)
         attended, _ = self.self_attn(
-            self.input_layernorm(hidden_states),
+            normed,
             position_embeddings=position_embeddings,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
             **kwargs,
         )
-        norm = self.post_attention_layernorm
-        fused = on_kernels(attended) and is_bare(norm, DeepseekV3RMSNorm)
-        if fused:
-            normed, hidden_states = rms_norm(attended, norm.weight, norm.variance_epsilon, residual=hidden_states)
-        else:
-            hidden_states = hidden_states + attended
-            normed = norm(hidden_states)
+        normed, hidden_states = self._normed(self.post_attention_layernorm, attended, hidden_states)
         if router_statistics and isinstance(self.mlp, DeepseekV3MoE):
             output, balance_loss, load = self.mlp.forward_with_statistics(normed, token_mask)
             return hidden_states + output, balance_loss, load
-        if fused and is_bare(self.mlp, DeepseekV3MoE):
+        joined = None
+        if _is_fused(self.post_attention_layernorm, attended) and is_bare(self.mlp, DeepseekV3MoE):
             joined = self.mlp.step(normed, hidden_states)
         hidden_states = hidden_states + self.mlp(normed) if joined is None else joined
         return (hidden_states, None, None) if router_statistics else hidden_states
@@ -97,6 +93,19 @@ class DeepseekV3DecoderLayer(GradientCheckpointingLayer):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self._steps = Steps()  # which hold what is moved or cast here
         return super()._apply(fn, recurse)
+
+    def _normed(
+        self, norm: Any, x: torch.Tensor, residual: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The residual stream after `x` joins it, behind `norm` and as it is; without a residual x is the stream."""
+        if residual is not None and _is_fused(norm, x):
+            return rms_norm(x, norm.weight, norm.variance_epsilon, residual=residual)  # type: ignore[return-value]
+        stream = x if residual is None else residual + x
+        return norm(stream), stream
+
+
+def _is_fused(norm: nn.Module, x: torch.Tensor) -> bool:
+    return on_kernels(x) and is_bare(norm, DeepseekV3RMSNorm)
 
 
 class DeepseekV3SharedHead(nn.Module):

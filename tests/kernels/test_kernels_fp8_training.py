@@ -3,7 +3,18 @@
 import pytest
 import torch
 
-from deepseek_v3.kernels import pack_e5m6, quantize_activation, retile, sort_pairs, swiglu_backward, unpack_e5m6
+from deepseek_v3.kernels import (
+    pack_e5m6,
+    quantize_activation,
+    quantize_both,
+    quantize_swiglu,
+    retile,
+    sort_pairs,
+    swiglu_backward,
+    swiglu_backward_codes,
+    swiglu_forward_codes,
+    unpack_e5m6,
+)
 
 
 def tiles_of_rows(values, scale_fmt):
@@ -33,6 +44,31 @@ def test_kept_codes_are_retiled_along_the_rows(target, shape, scale_fmt):
     out, out_scale = retile(codes, scale, scale_fmt=scale_fmt, backend=target.backend)
     assert torch.equal(out_scale.cpu(), expected_scale)
     assert torch.equal(out.cpu().float(), expected.float()[:, : shape[0]])
+
+
+# Whole tiles; short ones at both edges; rows whose codes are not whole words.
+@pytest.mark.parametrize("shape", [(128, 256), (200, 192), (33, 72)])
+@pytest.mark.parametrize("scale_fmt", [None, "ue8m0"])
+def test_one_read_gives_the_tiles_along_rows_and_columns(target, shape, scale_fmt):
+    x = torch.randn(shape, device=target.device).to(target.dtype)
+    x[:, 3] *= 200
+    x[5] = 0
+    codes, scale, down, scale_down = quantize_both(x, scale_fmt=scale_fmt, backend=target.backend)
+    along, scale_along = tiles_of_rows(x.cpu().float().t(), scale_fmt)
+    expected, expected_down = tiles_of_rows(x.cpu().float(), scale_fmt)
+    assert torch.equal(scale.cpu(), scale_along) and torch.equal(scale_down.cpu(), expected_down)
+    assert torch.equal(codes.cpu().float(), along.float()[:, : shape[1]])
+    assert torch.equal(down.cpu().float(), expected.float()[:, : shape[0]])
+
+
+def test_broken_tiles_say_so_along_rows_and_columns(target):
+    x = torch.randn(256, 256, device=target.device).to(target.dtype)
+    x[0, 3], x[200, 200] = float("nan"), float("inf")
+    codes, scale, down, scale_down = quantize_both(x, backend=target.backend)
+    assert scale[0, 0].isnan() and scale[200, 1].isinf() and scale_down[3, 0].isnan() and scale_down[200, 1].isinf()
+    assert codes[0, :128].float().isnan().all() and codes[200, 200].float().isnan()
+    assert down[3, :128].float().isnan().all() and down[200, 200].float().isnan()
+    assert codes.float().isnan().sum() == down.float().isnan().sum() == 128 + 1
 
 
 # Some experts have no rows, one has more than a tile; the last pairs belong to nobody.
@@ -76,6 +112,62 @@ def test_swiglu_backward_is_the_derivative(target, shape, scaled, weighted):
     for got, want in zip(results, (expected, product.detach(), share), strict=True):
         bound = (eps if got.dtype == target.dtype else 1e-5) * want.abs() + 1e-5 * want.abs().max()
         assert (got.cpu().double() - want).abs().le(bound + 1e-6).all()
+
+
+# One row, rows that no block divides, several pieces of columns; a width that 128 does not divide.
+@pytest.mark.parametrize("shape", [(1, 128), (37, 256), (5, 72)])
+def test_swiglu_and_its_inputs_of_one_read(target, shape):
+    rows, width = shape
+    backend = "auto" if width % 128 else target.backend
+    gate_up = torch.randn(rows, 2 * width, device=target.device).to(target.dtype)
+    product, kept_codes = swiglu_forward_codes(gate_up, backend=backend)
+    gate, up = gate_up.chunk(2, dim=-1)
+    for got, want in zip(
+        product + kept_codes, (*quantize_swiglu(gate, up), *quantize_activation(gate_up)), strict=True
+    ):
+        assert torch.equal(got.float(), want.float())
+
+
+# Whole and short tiles, several pieces of columns; values and codes; with and without weights.
+@pytest.mark.parametrize("shape", [(128, 128), (77, 256), (200, 128)])
+@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize("weighted", [True, False])
+def test_swiglu_backward_gives_the_codes_of_its_numbers(target, shape, scaled, weighted):
+    """Of the same numbers exactly; the sums for the weights are in another order."""
+    rows, width = shape
+    x, codes, scale, _ = kept(target, rows, 2 * width)
+    grad = torch.randn(rows, width, device=target.device).to(target.dtype)
+    weights = torch.rand(rows, device=target.device) if weighted else None
+    given = (codes, scale) if scaled else (x / 200, None)
+    numbers, product, share = swiglu_backward(*given, grad, weights, backend=target.backend)
+    along, down, turned, sums = swiglu_backward_codes(*given, grad, weights, backend=target.backend)
+    expected = quantize_both(numbers, backend=target.backend)
+    for got, want in zip((*along, *down, *turned), (*expected, *retile(product)), strict=True):
+        # The two kernels may contract a product and a sum differently: one step of a code, seldom.
+        differs = (got.cpu().float() - want.cpu().float()).abs() > 1e-6 * want.cpu().float().abs()
+        assert differs.float().mean() < 2e-3
+        assert (got.cpu().float() - want.cpu().float()).norm() <= 2e-3 * want.cpu().float().norm()
+    if weighted:
+        assert torch.allclose(sums, share, rtol=1e-4, atol=1e-4 * share.abs().max().item())
+
+
+def test_swiglu_codes_start_each_experts_rows_in_a_tile(target):
+    x, codes, scale, _ = kept(target, 90, 256)
+    grad = torch.randn(90, 128, device=target.device).to(target.dtype)
+    weights = torch.rand(90, device=target.device)
+    offsets = torch.tensor([0, 10, 10, 55, 84], dtype=torch.int32, device=target.device)
+    numbers, product, share = swiglu_backward(codes, scale, grad, weights, backend=target.backend)
+    along, down, turned, sums = swiglu_backward_codes(
+        codes, scale, grad, weights, offsets=offsets, backend=target.backend
+    )
+    groups = 3  # of 10, 45 and 29 rows
+    for got, values in ((down, numbers), (turned, product)):
+        want = retile(values, offsets=offsets, backend=target.backend)
+        assert torch.equal(got[1][:, :groups], want[1][:, :groups])
+        assert torch.equal(got[0][:, : groups * 128].float(), want[0][:, : groups * 128].float())
+    want = quantize_activation(numbers, backend=target.backend)
+    assert torch.equal(along[0][:84].float(), want[0][:84].float()) and torch.equal(along[1][:84], want[1][:84])
+    assert torch.allclose(sums[:84], share[:84], rtol=1e-4, atol=1e-4 * share.abs().max().item())
 
 
 def test_rows_of_nobody_do_not_spread(target):
@@ -137,6 +229,8 @@ def test_e5m6_of_what_it_wrote_is_exact_and_broken_tiles_say_so(target):
         (lambda: pack_e5m6(torch.ones(4)), "floating matrix"),
         (lambda: unpack_e5m6(*pack_e5m6(torch.ones(4, 128)), 129), "do not fit"),
         (lambda: retile(torch.ones(2, 3, 4)), "x must be"),
+        (lambda: quantize_both(torch.ones(4)), "x must be"),
+        (lambda: swiglu_forward_codes(torch.ones(4, 3)), "gate_up must be"),
         (lambda: retile(torch.ones(4, 128), torch.ones(4, 1)), "x must be"),
         (lambda: retile(torch.ones(4, 128).to(torch.float8_e4m3fn), torch.ones(4, 2)), "does not fit codes"),
         (lambda: retile(torch.ones(4, 128), rows=torch.arange(4)), "rows must be"),

@@ -48,7 +48,7 @@ def quantised(x, rows, columns, scale_fmt):
     r, c = x.shape
     padded = nn.functional.pad(x, (0, -c % columns, 0, -r % rows)).double()
     tiles = padded.view(padded.shape[0] // rows, rows, padded.shape[1] // columns, columns)
-    scale = tiles.abs().amax((1, 3), keepdim=True).float() / 448
+    scale = (tiles.abs().amax((1, 3), keepdim=True).float() / 448).clamp(min=2.0**-126)
     if scale_fmt == "ue8m0":
         scale = 2.0 ** torch.ceil(torch.log2(scale.double())).float()
     codes = (tiles.float() / scale).to(torch.float8_e4m3fn)

@@ -20,6 +20,20 @@ def retile(x, scale, rows, offsets, scale_fmt, amax_floor):
     return codes.contiguous(), by_group(scale)
 
 
+def quantize_both(x, scale_fmt, amax_floor):
+    """See ``deepseek_v3.kernels.quantize_both``."""
+    codes, scale = quantize_activation(x, 128, scale_fmt, amax_floor)
+    return codes.contiguous(), by_group(scale), *retile(x, None, None, None, scale_fmt, amax_floor)
+
+
+def swiglu_forward_codes(gate_up, scale_fmt, amax_floor):
+    """See ``deepseek_v3.kernels.swiglu_forward_codes``."""
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    codes, scale = quantize_activation((gate * gate.sigmoid() * up).to(gate_up.dtype), 128, scale_fmt, amax_floor)
+    kept, kept_scale = quantize_activation(gate_up, 128, scale_fmt, amax_floor)
+    return codes.contiguous(), by_group(scale), kept.contiguous(), by_group(kept_scale)
+
+
 def swiglu_backward(gate_up, scale, grad, weights):
     """See ``deepseek_v3.kernels.swiglu_backward``."""
     gate, up = (gate_up.float() if scale is None else widen(gate_up, scale)).chunk(2, dim=-1)
@@ -32,3 +46,12 @@ def swiglu_backward(gate_up, scale, grad, weights):
     slope = sigmoid * (1 + gate * (1 - sigmoid))
     grad_gate_up = torch.cat((wide * up * slope, wide * silu), dim=-1)
     return grad_gate_up.to(grad.dtype), out.to(grad.dtype), share
+
+
+def swiglu_backward_codes(gate_up, scale, grad, weights, offsets, scale_fmt, amax_floor):
+    """See ``deepseek_v3.kernels.swiglu_backward_codes``."""
+    grad_gate_up, out, share = swiglu_backward(gate_up, scale, grad, weights)
+    codes, along = quantize_activation(grad_gate_up, 128, scale_fmt, amax_floor)
+    down = retile(grad_gate_up, None, None, offsets, scale_fmt, amax_floor)
+    product = retile(out, None, None, offsets, scale_fmt, amax_floor)
+    return codes.contiguous(), by_group(along), *down, *product, share

@@ -5,28 +5,52 @@ import torch
 from ..reference.fp8 import padded_groups
 from ..reference.quantize import AMAX_FLOOR
 from .e5m6 import pack_tiles, unpack_tiles
-from .fp8_training import retile_columns, swiglu_gradient
+from .fp8_training import retile_columns, swiglu_codes, swiglu_gradient, swiglu_gradient_codes
 from .launching import cdiv, next_power_of_2
 
+BLOCK, WARPS = 128, 8
 
-def retile(x, x_scale, source, offsets, scale_fmt, amax_floor):
-    """See ``deepseek_v3.kernels.retile``."""
+
+def retile(x, x_scale, source, offsets, scale_fmt, amax_floor, both=False):
+    """See ``deepseek_v3.kernels.retile``; ``both``: first the codes and scales of ``quantize_activation(x)``."""
     width = x.shape[1]
     rows = x.shape[0] if source is None else source.shape[0]
     experts = 0 if offsets is None else offsets.numel() - 1
     groups = cdiv(rows, 128) if offsets is None else padded_groups(rows, experts)
     padded = rows if offsets is None else groups * 128
-    codes = torch.empty(width, padded, dtype=torch.float8_e4m3fn, device=x.device)
-    scale = torch.empty(groups, width, dtype=torch.float32, device=x.device).t()  # by group, as the products read it
+    codes, scale = _pair(width, padded, groups, x.device)
+    along, scale_along = _pair(rows, width, cdiv(width, 128), x.device) if both else (None, None)
     if codes.numel():
-        retile_columns[(groups, cdiv(width, 64))](
-            x, x_scale, source, codes, scale, offsets, rows, width, experts, x.stride(0),
+        block = 128 if both else BLOCK
+        retile_columns[(groups, cdiv(width, block))](
+            x, x_scale, source, codes, scale, along, scale_along, offsets, rows, width, experts, x.stride(0),
             *(x_scale.stride() if x_scale is not None else (0, 0)), codes.stride(0), *scale.stride(),
-            max(amax_floor, AMAX_FLOOR), BLOCK=64, BLOCK_E=next_power_of_2(experts + 1),
-            POWER=scale_fmt is not None, SCALED=x_scale is not None, GATHER=source is not None,
-            GROUPED=offsets is not None, num_warps=2,
+            *((along.stride(0), *scale_along.stride()) if both else (0, 0, 0)), max(amax_floor, AMAX_FLOOR),
+            BLOCK=block, BLOCK_E=next_power_of_2(experts + 1), POWER=scale_fmt is not None,
+            SCALED=x_scale is not None, GATHER=source is not None, GROUPED=offsets is not None,
+            PACKED=padded % 4 == 0, ROWS=both, num_warps=8 if both else WARPS,
         )  # fmt: skip
-    return codes, scale
+    return (along, scale_along, codes, scale) if both else (codes, scale)
+
+
+def _pair(rows, width, groups, device):
+    """Room for codes [rows, width] and their scales [rows, groups], stored by group."""
+    codes = torch.empty(rows, width, dtype=torch.float8_e4m3fn, device=device)
+    return codes, torch.empty(groups, rows, dtype=torch.float32, device=device).t()
+
+
+def swiglu_forward_codes(gate_up, scale_fmt, amax_floor):
+    """See ``deepseek_v3.kernels.swiglu_forward_codes``; 128 divides F."""
+    rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+    product = _pair(rows, width, width // 128, gate_up.device)
+    kept = _pair(rows, 2 * width, 2 * width // 128, gate_up.device)
+    if rows:
+        block = 32
+        swiglu_codes[(cdiv(rows, block), width // 128)](
+            gate_up, *product, *kept, rows, width, gate_up.stride(0), *product[1].stride(), *kept[1].stride(),
+            max(amax_floor, AMAX_FLOOR), BLOCK=block, POWER=scale_fmt is not None, num_warps=4,
+        )  # fmt: skip
+    return *product, *kept
 
 
 def swiglu_backward(gate_up, scale, grad, weights):
@@ -43,6 +67,27 @@ def swiglu_backward(gate_up, scale, grad, weights):
             BLOCK=block, SCALED=scale is not None, WEIGHTED=weights is not None, num_warps=4,
         )  # fmt: skip
     return grad_gate_up, out, share
+
+
+def swiglu_backward_codes(gate_up, scale, grad, weights, offsets, scale_fmt, amax_floor):
+    """See ``deepseek_v3.kernels.swiglu_backward_codes``; 128 divides F."""
+    rows, width = grad.shape
+    experts = 0 if offsets is None else offsets.numel() - 1
+    groups = cdiv(rows, 128) if offsets is None else padded_groups(rows, experts)
+    padded = rows if offsets is None else groups * 128
+    along = _pair(rows, 2 * width, 2 * width // 128, grad.device)
+    down, product = (_pair(height, padded, groups, grad.device) for height in (2 * width, width))
+    share = torch.empty(width // 128 if weights is not None else 0, rows, dtype=torch.float32, device=grad.device)
+    if rows:
+        swiglu_gradient_codes[(groups, width // 128)](
+            gate_up, scale, grad, weights, share, *down, *along, *product, offsets,
+            rows, width, experts, gate_up.stride(0), *(scale.stride() if scale is not None else (0, 0)),
+            grad.stride(0), padded, *down[1].stride(), 2 * width, *along[1].stride(), *product[1].stride(),
+            max(amax_floor, AMAX_FLOOR), BLOCK_E=next_power_of_2(experts + 1), POWER=scale_fmt is not None,
+            SCALED=scale is not None, WEIGHTED=weights is not None, GROUPED=offsets is not None,
+            PACKED=padded % 4 == 0, num_warps=16,
+        )  # fmt: skip
+    return *along, *down, *product, share.sum(0)
 
 
 def pack_e5m6(x):

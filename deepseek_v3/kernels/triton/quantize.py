@@ -5,33 +5,45 @@ import triton.language as tl
 
 
 @triton.jit
+def magnitude(value):
+    """Bits of |value|: as integers they are in order, and NaN is above them all."""
+    return value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
 def largest(value, axis: tl.constexpr):
-    """Bits of the largest magnitude along `axis`: as integers they are in order, and NaN is above them all."""
-    return tl.max(value.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis)
+    """Bits of the largest magnitude along `axis`."""
+    return tl.max(magnitude(value), axis)
 
 
 @triton.jit
 def scale_of(bits, floor, POWER: tl.constexpr):
-    """Scale of blocks with these `largest` bits; NaN where the block holds one, which a maximum would drop."""
-    scale = tl.div_rn(tl.maximum(bits.to(tl.float32, bitcast=True), floor), 448.0)
+    """Scale of blocks with these `largest` bits; infinity or NaN where the block holds one."""
+    amax = bits.to(tl.float32, bitcast=True)
+    size = tl.maximum(amax, floor)
+    # size / 448 as IEEE division gives it: the error of the product is taken back.
+    quotient = size * (1.0 / 448.0)
+    rest = tl.fma(quotient, tl.zeros_like(size) - 448.0, size)
+    scale = tl.fma(rest, tl.zeros_like(size) + 1.0 / 448.0, quotient)
     if POWER:
         # One more in the exponent unless the mantissa is zero.
         power = (scale.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000
         scale = power.to(tl.float32, bitcast=True)
-    return tl.where(bits > 0x7F800000, float("nan"), scale)
+    # A maximum would drop a NaN, and infinity has no error to take back.
+    return tl.where(bits >= 0x7F800000, amax, scale)
 
 
 @triton.jit
 def encoded(value, scale):
     """E4M3 codes of value / scale, rounded as IEEE division would: the reciprocal's error is taken back (Markstein),
-    which is a quarter of the instructions."""
+    which is a fraction of the instructions. Signs of zero stay."""
     reciprocal = tl.div_rn(1.0, scale)
     quotient = value * reciprocal
-    rest = tl.fma(-quotient, scale + tl.zeros_like(value), value)
-    exact = tl.fma(rest, reciprocal + tl.zeros_like(value), quotient)
-    # The quotient is right as it is where nothing rests (adding zero would turn -0 into 0) and where the rest is no
-    # number, under an infinite scale.
-    return tl.where(tl.abs(rest) > 0, exact, quotient).to(tl.float8e4nv)
+    # Under an infinite scale a finite value is 0: there is no error to take back.
+    finite = tl.where(scale == float("inf"), 0.0, scale)
+    # Times -1, and not minus, which is zero minus a value: -0 stays -0, and the product takes the sign for nothing.
+    excess = tl.fma(quotient, finite + tl.zeros_like(value), value * -1.0)
+    return tl.fma(excess * -1.0, reciprocal + tl.zeros_like(value), quotient).to(tl.float8e4nv)
 
 
 @triton.jit

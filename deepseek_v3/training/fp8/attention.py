@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
-from ...kernels import pack_e5m6
+from ...kernels import joined_rms_norm, pack_e5m6
 from ...modeling_deepseek_v3.attention import DeepseekV3Attention
 from ...modeling_deepseek_v3.decoder import DeepseekV3DecoderLayer, DeepseekV3MTPLayer
 from .linear import FP8TrainingLinear, Packed, is_hooked
+from .norm import FP8TrainingRMSNorm
 from .state import FP8Module
 
 Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -169,19 +170,24 @@ class FP8TrainingAttention(FP8Module, DeepseekV3Attention):
         return packed
 
 
-class FP8TrainingDecoderLayer(FP8Module, DeepseekV3DecoderLayer):
-    """Tells its attention whether gradient checkpointing computes the layer again."""
+class _Layer(FP8Module):
+    """A layer that tells its attention whether gradient checkpointing computes it again, and whose norms take the
+    residual stream and its gradient with them."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As `DeepseekV3DecoderLayer.forward`."""
-        self.self_attn.whole_layer_again = self.gradient_checkpointing  # type: ignore[assignment]
+        """As of the layer that it was."""
+        self.self_attn.whole_layer_again = self.gradient_checkpointing  # type: ignore[assignment,union-attr]
         return super().forward(*args, **kwargs)
 
+    def _normed(self, norm: Any, x: torch.Tensor, residual: Any = None) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.training and type(norm) is FP8TrainingRMSNorm and not is_hooked(norm):
+            return joined_rms_norm(x, residual, norm.weight, norm.variance_epsilon)
+        return super()._normed(norm, x, residual)  # type: ignore[misc,no-any-return]
 
-class FP8TrainingMTPLayer(FP8Module, DeepseekV3MTPLayer):
-    """The same for an MTP module."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        """As `DeepseekV3MTPLayer.forward`."""
-        self.self_attn.whole_layer_again = self.gradient_checkpointing  # type: ignore[assignment]
-        return super().forward(*args, **kwargs)
+class FP8TrainingDecoderLayer(_Layer, DeepseekV3DecoderLayer):
+    """A decoder layer in FP8 training."""
+
+
+class FP8TrainingMTPLayer(_Layer, DeepseekV3MTPLayer):
+    """An MTP module in FP8 training."""

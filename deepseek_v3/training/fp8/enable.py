@@ -111,7 +111,7 @@ def disable_fp8_training(model: Model) -> Model:
     if not modules:
         raise ValueError(f"{type(model).__name__} is not in FP8 training; there is nothing to disable")
     for module in modules:
-        plain: Any = next(base for base in type(module).__bases__ if base is not FP8Module)
+        plain: Any = next(base for base in type(module).__bases__ if not issubclass(base, FP8Module))
         module.__class__ = plain
         del module.fp8
     return model

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from ...kernels import combine_pairs, grouped_fp8_gemm, grouped_fp8_wgrad, retile, sort_pairs, swiglu_backward
+from ...kernels import combine_pairs, grouped_fp8_gemm, grouped_fp8_wgrad, retile, sort_pairs
 from ...modeling_deepseek_v3.moe import DeepseekV3Experts, DeepseekV3MoE
 from ...quantization.adapted import Factors
-from .linear import kept_swiglu_inputs, swiglu_codes
-from .quantise import gradient_codes, input_codes
+from .linear import swiglu_codes, swiglu_gradients
+from .quantise import input_codes
 from .state import FP8Module, result_dtype
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -49,11 +49,11 @@ class _Experts(torch.autograd.Function):
         second = state.weight(down, transposed=wanted)
         x = _gathered(codes, scale, rows)
         inner = grouped_fp8_gemm(*x, first.codes, first.scale, offsets, out_dtype=dtype)  # [P, 2F]
-        y = grouped_fp8_gemm(*swiglu_codes(inner, state), second.codes, second.scale, offsets, out_dtype=dtype)
+        product, kept = swiglu_codes(inner, state, wanted)
+        y = grouped_fp8_gemm(*product, second.codes, second.scale, offsets, out_dtype=dtype)
         ctx.state, ctx.first, ctx.second, ctx.weights = state, first, second, (gate_up, down)
         ctx.dtype = hidden.dtype
         if wanted:
-            kept = kept_swiglu_inputs(inner, state)
             ctx.save_for_backward(codes, scale, *kept, weights, order, inverse, offsets)
         return combine_pairs(y, inverse, offsets, weights)
 
@@ -63,10 +63,10 @@ class _Experts(torch.autograd.Function):
         state, (gate_up, down), needs = ctx.state, ctx.weights, ctx.needs_input_grad
         fmt, rows = state.recipe.scale_fmt, order // weights.shape[1]
         # Quantised by token and then handed to the experts, as it would be sent to them.
-        sent = _gathered(*gradient_codes(grad, fmt, state.statistics), rows)
+        sent = _gathered(*state.gradient(grad, True, False)[0], rows)
         reached = grouped_fp8_gemm(*sent, ctx.second.codes_t, ctx.second.scale_t, offsets, out_dtype=grad.dtype)
         row_weights = weights.reshape(-1)[order].float()
-        grad_inner, product, share = swiglu_backward(inner, inner_scale, reached, row_weights)
+        along, turned, product, share = swiglu_gradients(inner, inner_scale, reached, state, row_weights, offsets)
         result: list[Any] = [None] * 8
         if needs[3]:
             # Rows of experts that live elsewhere were never written: they are masked, not multiplied by zero.
@@ -74,16 +74,13 @@ class _Experts(torch.autograd.Function):
             result[3] = share[inverse].masked_fill(dead, 0).view_as(weights).to(weights.dtype)
         if needs[2]:
             left = retile(grad, rows=rows, offsets=offsets, scale_fmt=fmt)
-            right = retile(product, offsets=offsets, scale_fmt=fmt)
-            result[2] = _weight_gradient(left, right, offsets, down, state)
+            result[2] = _weight_gradient(left, product, offsets, down, state)
         del product, reached, sent
         if needs[1]:
-            left = retile(grad_inner, offsets=offsets, scale_fmt=fmt)
             right = retile(codes, scale, rows=rows, offsets=offsets, scale_fmt=fmt)
-            result[1] = _weight_gradient(left, right, offsets, gate_up, state)
+            result[1] = _weight_gradient(turned, right, offsets, gate_up, state)
         if needs[0]:
-            back = gradient_codes(grad_inner, fmt, state.statistics)
-            dx = grouped_fp8_gemm(*back, ctx.first.codes_t, ctx.first.scale_t, offsets, out_dtype=grad.dtype)
+            dx = grouped_fp8_gemm(*along, ctx.first.codes_t, ctx.first.scale_t, offsets, out_dtype=grad.dtype)
             ops = torch.ops.deepseek_v3
             result[0] = ops.combine(dx, inverse, offsets, None, grad.shape[0], "auto").to(ctx.dtype)
         return tuple(result)

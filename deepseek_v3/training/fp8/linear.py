@@ -8,9 +8,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ...kernels import fp8_gemm, quantize_activation, quantize_swiglu, retile, swiglu_backward, unpack_e5m6
+from ...kernels import (
+    fp8_gemm,
+    quantize_swiglu,
+    retile,
+    swiglu_backward,
+    swiglu_backward_codes,
+    swiglu_forward_codes,
+    unpack_e5m6,
+)
 from ...modeling_deepseek_v3.layers import DeepseekV3MLP
-from .quantise import gradient_codes, input_codes
+from .quantise import input_codes
 from .state import FP8Module, FP8State, result_dtype
 from .weights import Codes
 
@@ -29,19 +37,18 @@ class Packed(NamedTuple):
         return unpack_e5m6(self.high, self.low, self.scale, self.width, dtype=self.dtype)
 
 
-def input_gradient(grad: torch.Tensor, weight: Codes, state: FP8State) -> torch.Tensor:
-    """Dgrad: [M, N] to [M, K], of the gradient's dtype."""
+def input_gradient(grad: Any, weight: Codes, dtype: torch.dtype) -> torch.Tensor:
+    """Dgrad: codes and scales of [M, N] to [M, K]."""
     assert weight.codes_t is not None and weight.scale_t is not None
-    codes = gradient_codes(grad, state.recipe.scale_fmt, state.statistics)
-    return fp8_gemm(*codes, weight.codes_t, weight.scale_t, out_dtype=grad.dtype)
+    return fp8_gemm(*grad, weight.codes_t, weight.scale_t, out_dtype=dtype)
 
 
 def weight_gradient(
-    grad: torch.Tensor, x: tuple[torch.Tensor, torch.Tensor | None], state: FP8State, dtype: torch.dtype
+    grad: Any, x: tuple[torch.Tensor, torch.Tensor | None], state: FP8State, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Wgrad: gradient [M, N] and input [M, K], as codes or values, both in 128 x 1 tiles along the rows: [N, K]."""
-    fmt = state.recipe.scale_fmt
-    return fp8_gemm(*retile(grad, scale_fmt=fmt), *retile(*x, scale_fmt=fmt), out_dtype=dtype)
+    """Wgrad: codes and scales of the gradient in 128 x 1 tiles [N, M], and the input [M, K] as codes or values:
+    [N, K]."""
+    return fp8_gemm(*grad, *retile(*x, scale_fmt=state.recipe.scale_fmt), out_dtype=dtype)
 
 
 class _Linear(torch.autograd.Function):
@@ -67,15 +74,15 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        rows = grad.reshape(-1, grad.shape[-1])
         dx = dw = None
-        if ctx.needs_input_grad[0]:
-            dx = input_gradient(rows, ctx.kept, ctx.state).view(*grad.shape[:-1], -1).to(ctx.dtype)
-        if ctx.needs_input_grad[1]:
+        along, down = ctx.state.gradient(grad, *ctx.needs_input_grad[:2])
+        if along is not None:
+            dx = input_gradient(along, ctx.kept, grad.dtype).view(*grad.shape[:-1], -1).to(ctx.dtype)
+        if down is not None:
             dtype = ctx.state.recipe.gradient_dtype(ctx.weight)
             saved = ctx.saved_tensors
             x = saved if ctx.packed is None else (Packed(*saved, *ctx.packed).values(), None)
-            dw = weight_gradient(rows, x, ctx.state, dtype).to(ctx.weight.dtype)
+            dw = weight_gradient(down, x, ctx.state, dtype).to(ctx.weight.dtype)
         return dx, dw, None, None, None, None
 
 
@@ -98,20 +105,35 @@ class FP8TrainingLinear(FP8Module, nn.Linear):
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
 
-def kept_swiglu_inputs(gate_up: torch.Tensor, state: FP8State) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What the backward keeps of gate and up [M, 2F], by the recipe."""
-    if state.recipe.swiglu_inputs == "input_dtype":
-        return gate_up, None
-    return quantize_activation(gate_up, scale_fmt=state.recipe.scale_fmt)
-
-
-def swiglu_codes(gate_up: torch.Tensor, state: FP8State) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes of silu(gate) * up [M, F] from gate and up side by side [M, 2F]."""
+def swiglu_codes(gate_up: torch.Tensor, state: FP8State, keep: bool) -> tuple[Any, Any]:
+    """Codes and scales of silu(gate) * up [M, F] from gate and up side by side [M, 2F]; where `keep`, what the
+    backward keeps of these, by the recipe, as codes and scales or as they are and None."""
+    fmt = state.recipe.scale_fmt
     gate, up = gate_up.chunk(2, dim=-1)
-    codes, scale = quantize_swiglu(gate, up, scale_fmt=state.recipe.scale_fmt)
+    kept: Any = gate_up, None
+    if keep and state.recipe.swiglu_inputs == "fp8":
+        product, kept = swiglu_forward_codes(gate_up, scale_fmt=fmt)
+    else:
+        product = quantize_swiglu(gate, up, scale_fmt=fmt)
     if state.statistics.active:
-        state.statistics.count("activation", nn.functional.silu(gate) * up, codes)
-    return codes, scale
+        state.statistics.count("activation", nn.functional.silu(gate) * up, product[0])
+    return product, kept
+
+
+def swiglu_gradients(
+    gate_up: torch.Tensor,
+    scale: torch.Tensor | None,
+    grad: torch.Tensor,
+    state: FP8State,
+    weights: torch.Tensor | None = None,
+    offsets: torch.Tensor | None = None,
+) -> tuple[Any, Any, Any, torch.Tensor]:
+    """See `swiglu_backward_codes`: the gradient to gate and up for Dgrad and for Wgrad, the product for Wgrad."""
+    fmt = state.recipe.scale_fmt
+    results = swiglu_backward_codes(gate_up, scale, grad, weights, offsets=offsets, scale_fmt=fmt)
+    if state.statistics.active:
+        state.statistics.count("gradient", swiglu_backward(gate_up, scale, grad, weights)[0], results[0][0])
+    return results
 
 
 class _MLP(torch.autograd.Function):
@@ -133,27 +155,27 @@ class _MLP(torch.autograd.Function):
         first = state.weight(gate, up, transposed=ctx.needs_input_grad[0])
         second = state.weight(down, transposed=wanted)
         gate_up = fp8_gemm(codes, scale, first.codes, first.scale, out_dtype=dtype)  # [M, 2F]
-        out = fp8_gemm(*swiglu_codes(gate_up, state), second.codes, second.scale, out_dtype=dtype)
+        product, kept = swiglu_codes(gate_up, state, wanted)
+        out = fp8_gemm(*product, second.codes, second.scale, out_dtype=dtype)
         ctx.state, ctx.first, ctx.second, ctx.weights, ctx.dtype = state, first, second, (gate, up, down), x.dtype
         if wanted:
-            ctx.save_for_backward(codes, scale, *kept_swiglu_inputs(gate_up, state))
+            ctx.save_for_backward(codes, scale, *kept)
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         codes, scale, gate_up, gate_up_scale = ctx.saved_tensors
         state, (gate, _, down), needs = ctx.state, ctx.weights, ctx.needs_input_grad
-        rows = grad.reshape(-1, grad.shape[-1])
-        inner = input_gradient(rows, ctx.second, state)
-        grad_gate_up, product, _ = swiglu_backward(gate_up, gate_up_scale, inner)
+        along, across = state.gradient(grad, True, needs[3])
+        inner = input_gradient(along, ctx.second, grad.dtype)
         result: list[Any] = [None] * 7
+        along, turned, product, _ = swiglu_gradients(gate_up, gate_up_scale, inner, state)
         if needs[3]:
-            dtype = state.recipe.gradient_dtype(down)
-            result[3] = weight_gradient(rows, (product, None), state, dtype).to(down.dtype)
+            result[3] = fp8_gemm(*across, *product, out_dtype=state.recipe.gradient_dtype(down)).to(down.dtype)
         if needs[0]:
-            result[0] = input_gradient(grad_gate_up, ctx.first, state).view(*grad.shape[:-1], -1).to(ctx.dtype)
+            result[0] = input_gradient(along, ctx.first, grad.dtype).view(*grad.shape[:-1], -1).to(ctx.dtype)
         if needs[1] or needs[2]:
-            both = weight_gradient(grad_gate_up, (codes, scale), state, state.recipe.gradient_dtype(gate))
+            both = weight_gradient(turned, (codes, scale), state, state.recipe.gradient_dtype(gate))
             halves = both.to(gate.dtype).chunk(2)
             result[1:3] = [half if needed else None for half, needed in zip(halves, needs[1:3], strict=True)]
         return tuple(result)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ...kernels import quantize_activation
+from ...kernels import quantize_activation, quantize_both, retile
 
 COUNTS = ("underflow", "overflow", "nan", "elements")
 
@@ -55,9 +55,18 @@ def input_codes(x: torch.Tensor, scale_fmt: str | None, statistics: Statistics) 
 
 
 def gradient_codes(
-    grad: torch.Tensor, scale_fmt: str | None, statistics: Statistics
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes [M, N] and scales [M, ceil(N / 128)] of an output's gradient [M, N]."""
-    made = quantize_activation(grad, scale_fmt=scale_fmt)
-    statistics.count("gradient", grad, made[0])
-    return made
+    grad: torch.Tensor, scale_fmt: str | None, statistics: Statistics, along: bool = True, down: bool = False
+) -> tuple[Any, Any]:
+    """Codes [M, N] and scales [M, ceil(N / 128)] of an output's gradient [M, N] where `along` (for Dgrad), and codes
+    [N, M] and scales [N, ceil(M / 128)] where `down` (for Wgrad); None for what is not wanted. One read for both."""
+    rows = columns = None
+    if along and down:
+        *rows, codes, scale = quantize_both(grad, scale_fmt=scale_fmt)
+        columns = codes, scale
+    elif along:
+        rows = quantize_activation(grad, scale_fmt=scale_fmt)
+    elif down:
+        columns = retile(grad, scale_fmt=scale_fmt)
+    if rows is not None:
+        statistics.count("gradient", grad, rows[0])
+    return rows, columns

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ...kernels.fp8 import OUT_DTYPES
-from .quantise import Statistics
+from .quantise import Statistics, gradient_codes
 from .recipe import FP8Recipe
 from .weights import Codes, WeightCodes
 
@@ -25,6 +25,10 @@ class FP8State:
     def weight(self, *weights: torch.Tensor, transposed: bool) -> Codes:
         """Codes of the weights, see `WeightCodes.of`."""
         return self.codes.of(weights, self.recipe.scale_fmt, self.statistics, transposed)
+
+    def gradient(self, grad: torch.Tensor, along: bool, down: bool) -> tuple[Any, Any]:
+        """Codes of an output's gradient [.., N] as Dgrad and as Wgrad take them, see `gradient_codes`."""
+        return gradient_codes(grad.reshape(-1, grad.shape[-1]), self.recipe.scale_fmt, self.statistics, along, down)
 
 
 class FP8Module(nn.Module):
