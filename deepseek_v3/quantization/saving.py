@@ -69,9 +69,11 @@ class Weights(NamedTuple):
         return self.fetch(name).detach() if tensor.is_meta else tensor
 
 
-def streams(weights: Weights, options: Iterable[str]) -> bool:
+def streams(model: Any, weights: Weights, options: Iterable[str]) -> bool:
     """Whether `save_official` can write a model as it is; transformers writes what is packed or spread over processes,
     and does what else can be asked of it."""
+    if getattr(model.config, "distributed_config", None) is not None:
+        return False
     plain = all(not isinstance(t, DTensor) and t.dtype in DTYPE_NAMES for t in weights.state_dict.values())
     return plain and set(options) <= {"is_main_process", "max_shard_size"}
 
