@@ -170,7 +170,8 @@ class LoadingMixin:
         )
         if not adapters and not keeps_fp8(model) and is_fp8(getattr(self.config, "quantization_config", None)):
             del self.config.quantization_config
-        if any(value is not None for value in asked.values()) or not (adapters or args) and streams(model, weights, kwargs):
+        fp8 = any(value is not None for value in asked.values())
+        if fp8 or (not adapters and not args and streams(model, weights, kwargs)):
             return save_official(self, save_directory, weights, *args, **asked, **kwargs)
         if not adapters:
             state_dict = _with_mtp_copies(self, state_dict)
