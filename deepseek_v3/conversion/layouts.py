@@ -108,7 +108,7 @@ def official_views(checkpoint: Checkpoint, config: Any) -> dict[str, View]:
         return _from_ranks(checkpoint, config)
     views: dict[str, View] = {}
     for name, info in checkpoint.tensors.items():
-        if name.endswith((".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")):
+        if name.removesuffix(SCALE_SUFFIX).endswith((".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")):
             views.update(_split_experts(name, view_of(info), info.file))
         else:
             views[name] = view_of(info)
@@ -116,10 +116,17 @@ def official_views(checkpoint: Checkpoint, config: Any) -> dict[str, View]:
 
 
 def _split_experts(name: str, stacked: View, file: str) -> Iterable[tuple[str, View]]:
-    """[E, 2F, D] or [E, D, F] -> the official matrices of each expert."""
-    prefix, kind = name.rsplit(".", 1)
+    """[E, 2F, D] or [E, D, F] -> the official matrices of each expert; the same for their scales."""
+    prefix, kind = name.removesuffix(SCALE_SUFFIX).rsplit(".", 1)
+    suffix = SCALE_SUFFIX if name.endswith(SCALE_SUFFIX) else ""
     halves = ("gate_proj", "up_proj") if kind == "gate_up_proj" else ("down_proj",)
-    if len(stacked.shape) != 3 or stacked.shape[1] % len(halves):
+    # An empty tensor may claim any number of experts, and each would become a view.
+    if (
+        len(stacked.shape) != 3
+        or stacked.shape[1] % len(halves)
+        or not 0 < stacked.nbytes
+        or stacked.shape[0] > 1 << 16
+    ):
         problem = f"shape {list(stacked.shape)} is not [experts, rows, columns] of fused experts"
         raise CheckpointError(problem, file=file, tensor=name, remedy="save the model again")
     experts, rows, columns = stacked.shape
@@ -127,7 +134,8 @@ def _split_experts(name: str, stacked: View, file: str) -> Iterable[tuple[str, V
     for expert in range(experts):
         for half, matrix in enumerate(halves):
             begin = expert * rows + half * height
-            yield f"{prefix}.{expert}.{matrix}.weight", window(stacked, 0, begin, begin + height, (height, columns))
+            official = f"{prefix}.{expert}.{matrix}.weight{suffix}"
+            yield official, window(stacked, 0, begin, begin + height, (height, columns))
 
 
 def _from_ranks(checkpoint: Checkpoint, config: Any) -> dict[str, View]:

@@ -27,8 +27,9 @@ from ..quantization import (
     load_streamed,
     requested_config,
     requesting,
-    save_quantized,
+    save_official,
     stack_shapes,
+    streams,
 )
 
 logger = logging.get_logger(__name__)
@@ -142,7 +143,8 @@ class LoadingMixin:
     ) -> Any:
         """As in transformers, with the official names, MTP modules and their copies of embedding and head included.
 
-        FP8 weights that were kept are written back bit for bit.
+        FP8 weights that were kept are written back bit for bit. Whole models on one process are written tensor by
+        tensor, in files of at most `max_shard_size` (5GB), all of which get their names at the end.
 
         Args:
             quantize: "fp8" writes the official FP8 layout: E4M3 codes in 128 x 128 blocks, the rest BF16.
@@ -157,21 +159,23 @@ class LoadingMixin:
         """
         save, model = super().save_pretrained, cast(Any, self)  # type: ignore[misc]
         _drop_local_code(self.config)
-        if quantize is not None or scale_fmt is not None or original is not None:
-            whole = model.state_dict() if state_dict is None else state_dict
-            weights = Weights(
-                whole,
-                lambda name: load_offloaded_parameter(model, name),
-                copies=_mtp_copies(self, whole),
-                tied=getattr(self, "all_tied_weights_keys", None) or (),
-            )
-            options = {"quantize": quantize, "scale_fmt": scale_fmt, "original": original}
-            return save_quantized(self, save_directory, weights, *args, **options, **kwargs)
-        if not getattr(self, "_hf_peft_config_loaded", False):
+        asked = {"quantize": quantize, "scale_fmt": scale_fmt, "original": original}
+        adapters = getattr(self, "_hf_peft_config_loaded", False)
+        whole = model.state_dict() if state_dict is None else state_dict
+        weights = Weights(
+            whole,
+            lambda name: load_offloaded_parameter(model, name),
+            copies=_mtp_copies(self, whole),
+            tied=getattr(self, "all_tied_weights_keys", None) or (),
+        )
+        if not adapters and not keeps_fp8(model) and is_fp8(getattr(self.config, "quantization_config", None)):
+            del self.config.quantization_config
+        fp8 = any(value is not None for value in asked.values())
+        if fp8 or (not adapters and not args and streams(model, weights, kwargs)):
+            return save_official(self, save_directory, weights, *args, **asked, **kwargs)
+        if not adapters:
             state_dict = _with_mtp_copies(self, state_dict)
             self._hand_over(state_dict)
-            if not keeps_fp8(model) and is_fp8(getattr(self.config, "quantization_config", None)):
-                del self.config.quantization_config
         return save(save_directory, *args, state_dict=state_dict, **kwargs)
 
     def _hand_over(self, state_dict: Any) -> None:

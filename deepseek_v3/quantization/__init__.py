@@ -13,7 +13,7 @@ from .loading import load_streamed
 from .merging import RoundingReport
 from .official_names import fuse_official_names
 from .quantizer import DeepseekFP8Quantizer, dequantized_state_dict, register, unregister
-from .saving import Weights, save_quantized
+from .saving import Weights, save_official, streams
 
 __all__ = [
     "BnbExperts",
@@ -33,7 +33,8 @@ __all__ = [
     "register",
     "requested_config",
     "requesting",
-    "save_quantized",
+    "save_official",
     "stack_shapes",
+    "streams",
     "unregister",
 ]

@@ -6,7 +6,7 @@ file and the tensor that say otherwise. Where tensors are missing one by one, tr
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Container
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -59,12 +59,12 @@ def check_fit(model: nn.Module, tensors: CheckpointTensors, *, resize: bool = Fa
     experts = Counter[tuple[str, str]]()
     for name in tensors:
         match = _EXPERT.fullmatch(name)
-        owner = match and _place(model, wanted, f"{match[1]}.{_stack(match)}")
+        owner = match and name_in(model, wanted, f"{match[1]}.{_stack(match)}")
         if match and owner:
             shape, fixed = _expert_shape(match, wanted[owner]), True
             experts[owner, match[3]] += int(match[2]) < wanted[owner][0]
         else:
-            place = _place(model, wanted, name)
+            place = name_in(model, wanted, name)
             if place is None:
                 continue
             shape, fixed = wanted[place], False
@@ -91,7 +91,7 @@ def _expert_shape(match: re.Match[str], fused: tuple[int, ...]) -> tuple[int, in
     return fused[1] if match[3] == "down" else fused[1] // 2, fused[2]
 
 
-def _place(model: Any, wanted: Iterable[str], name: str) -> str | None:
+def name_in(model: Any, wanted: Container[str], name: str) -> str | None:
     """The model's name of a stored tensor: a base model may be filled from a causal LM's folder and the reverse."""
     prefix = f"{model.base_model_prefix}."
     return next((n for n in (name, prefix + name, name.removeprefix(prefix)) if n in wanted), None)

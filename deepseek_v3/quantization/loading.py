@@ -22,7 +22,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from .bnb_experts import BnbExperts
 from .bnb_quantizer import PacksExperts, pack
 from .config import FP8Config, request
-from .fitting import check_fit
+from .fitting import check_fit, name_in
 from .offload import READERS, OffloadedStacks
 from .quantizer import DeepseekFP8Quantizer
 from .stored import SCALE_SUFFIX, TORCH_DTYPES, CheckpointTensors, Deferred, DequantizedTensor, StoredTensor
@@ -142,11 +142,12 @@ def _fuse(parts: list[list[Deferred]], like: torch.Tensor) -> torch.Tensor:
 
 
 def _streamed(
-    checkpoint: CheckpointTensors, dequantized: set[str], load_config: Any, fuse: FuseExperts
+    model: Any, checkpoint: CheckpointTensors, dequantized: set[str], load_config: Any, fuse: FuseExperts
 ) -> tuple[dict[str, Any], Any]:
     """The state dict and the `LoadStateDictConfig` to hand to transformers' loader.
 
     Args:
+        model: what is to be filled.
         checkpoint: the files.
         dequantized: names of the FP8 weights that the model wants without their scales.
         load_config: transformers', whose converters of experts are replaced in the copy that is returned.
@@ -164,11 +165,13 @@ def _streamed(
         else:
             mapping.append(entry)
     state_dict: dict[str, Any] = {}
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     for name in checkpoint:
         if name.endswith(SCALE_SUFFIX) and name.removesuffix(SCALE_SUFFIX) in dequantized:
             continue
         kind = DequantizedTensor if name in dequantized else StoredTensor
-        if _STACK.search(name):
+        # Another shape, or a stack that the model does not have, is transformers' business, or nobody's.
+        if _STACK.search(name) and shapes.get(name_in(model, shapes, name) or "") == checkpoint.shape(name):
             before, after = name.split(_EXPERTS)
             for expert in range(checkpoint.shape(name)[0]):
                 state_dict[f"{before}{_EXPERTS}{expert}.stacked.{after}"] = Deferred(kind(checkpoint, name, expert))
@@ -218,7 +221,7 @@ def load_streamed(
     in_files = None if codes else files
     offloaded = OffloadedStacks(load_config.device_map, load_config.disk_offload_folder, in_files=bool(in_files))
     fuse = (PackExperts if packs else FuseExperts)(errors, offloaded)
-    tensors, load_config = _streamed(checkpoint, codes, load_config, fuse)
+    tensors, load_config = _streamed(model, checkpoint, codes, load_config, fuse)
     try:
         info, index = loader(model, tensors, in_files, load_config, expected_keys)
     except Exception as error:

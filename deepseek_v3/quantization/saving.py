@@ -1,9 +1,10 @@
-"""A model's weights written as the official FP8 files, one tensor after another: `save_pretrained(quantize="fp8")`.
+"""A model's weights written as the official files, one tensor after another: `save_pretrained`, with or without FP8.
 
-Special about it: codes that are there already (kept FP8, or the file that a model was fine-tuned from, where a weight
-still is what that file dequantises to) are written back bit for bit; every other matrix is quantised once, and what
-the rounding did to the change is measured. Shapes are known before the first weight is touched, so each tensor goes
-straight to its place in its file and is dropped: beside the model there is one matrix in memory, not a second model.
+Special about it: shapes are known before the first weight is touched, so each tensor goes straight to its place in
+its file and is dropped. Beside the model there is one matrix in memory, not a second model; transformers copies stacks
+of experts to take them apart, and keeps what was one stack in one file. With `quantize="fp8"` codes that are there
+already (kept FP8, or the file that a model was fine-tuned from, where a weight still is what that file dequantises to)
+are written back bit for bit; other matrices are quantised once, and what the rounding did to the change is measured.
 All files get their names together at the end, so a folder may be saved over even while its files are read.
 
 Letters: E routed experts, F expert width.
@@ -68,12 +69,21 @@ class Weights(NamedTuple):
         return self.fetch(name).detach() if tensor.is_meta else tensor
 
 
-def save_quantized(
+def streams(model: Any, weights: Weights, options: Iterable[str]) -> bool:
+    """Whether `save_official` can write a model as it is; transformers writes what is packed or spread over processes,
+    and does what else can be asked of it."""
+    if getattr(model.config, "distributed_config", None) is not None:
+        return False
+    plain = all(not isinstance(t, DTensor) and t.dtype in DTYPE_NAMES for t in weights.state_dict.values())
+    return plain and set(options) <= {"is_main_process", "max_shard_size"}
+
+
+def save_official(
     model: Any,
     save_directory: Any,
     weights: Weights,
     *,
-    quantize: str | None = "fp8",
+    quantize: str | None = None,
     scale_fmt: str | None = None,
     original: Any = None,
     is_main_process: bool = True,
@@ -82,11 +92,12 @@ def save_quantized(
     token: Any = None,
     **kwargs: Any,
 ) -> None:
-    """`save_pretrained(folder, quantize="fp8")` of every class of this package, which documents the arguments.
+    """`save_pretrained` of every class of this package, which documents the arguments.
 
     Leaves the model's `rounding_report` behind: a `RoundingReport` with `original`, else None.
     """
-    _check(model, weights, quantize, scale_fmt, () if push_to_hub else kwargs)
+    if (quantize, scale_fmt, original) != (None, None, None):
+        _check(model, weights, quantize, scale_fmt, () if push_to_hub else kwargs)
     if not model.should_save_on_this_rank(is_main_process):
         return
     folder = Path(save_directory)
@@ -94,10 +105,11 @@ def save_quantized(
     folder.mkdir(parents=True, exist_ok=True)
     send = _upload(model, folder, token, **kwargs) if push_to_hub else None
     try:
-        model.rounding_report = write_quantized(
+        model.rounding_report = write_official(
             weights,
             model.config,
             folder,
+            quantize=quantize is not None,
             scale_fmt=scale_fmt,
             original=None if original is None else os.fspath(original),
             shard_bytes=hub.convert_file_size_to_int(max_shard_size),
@@ -107,8 +119,11 @@ def save_quantized(
             folder.rmdir()
         raise
     config = copy.deepcopy(model.config)
-    config.quantization_config, config.dtype = FP8Config(scale_fmt=scale_fmt), "bfloat16"
-    config.architectures = [type(model).__name__]
+    config.dtype = str(model.dtype).removeprefix("torch.")
+    if quantize is not None:
+        config.quantization_config, config.dtype = FP8Config(scale_fmt=scale_fmt), "bfloat16"
+    # FSDP2 puts a class of its own over the model's.
+    config.architectures = [type(model).__name__.removeprefix("FSDP")]
     config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
@@ -163,23 +178,23 @@ def _upload(
     return send
 
 
-def write_quantized(
+def write_official(
     weights: Weights,
     config: Any,
     folder: Path,
     *,
+    quantize: bool,
     scale_fmt: str | None = None,
     original: str | None = None,
     shard_bytes: int,
 ) -> RoundingReport | None:
-    """Write the safetensors files, and their index where there are several, of the official FP8 layout.
-
-    E4M3 codes, float32 scales, router biases float32, the rest BF16.
+    """Write the safetensors files, and their index where there are several, of the official layout.
 
     Args:
         weights: what to write.
         config: the model's, which says what the official files hold.
         folder: where; what lies there stays whole until the last file is written, then older shards go.
+        quantize: write E4M3 codes, float32 scales, router biases float32, the rest BF16; else everything as it is.
         scale_fmt: None for float32 scales, "ue8m0" for powers of two.
         original: a folder with the checkpoint that the model was fine-tuned from, FP8 or not, or None.
         shard_bytes: largest file in bytes.
@@ -191,7 +206,8 @@ def write_quantized(
         ValueError: weights that are not finite; kept codes whose scales `scale_fmt` cannot hold.
         OSError: the disk is full, or fails. In both cases nothing was written.
     """
-    kinds: dict[str, str] = {spec.name: spec.kind for spec in official_tensors(config, quantized=True)}
+    specs = official_tensors(config, quantized=True) if quantize else ()
+    kinds: dict[str, str] = {spec.name: spec.kind for spec in specs}
     matrices = (name for name, kind in kinds.items() if kind == "fp8")
     untouched = _Original(original, scale_fmt, matrices) if original is not None else None
     groups = pack(_items(weights, kinds), shard_bytes)

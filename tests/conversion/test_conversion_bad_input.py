@@ -260,10 +260,12 @@ def test_fused_experts_of_an_odd_shape(copy, tmp_path, capsys):
     path = next(folder.glob("*.safetensors"))
     tensors = load_file(path)
     name = "model.layers.1.mlp.experts.gate_up_proj"
-    for bad in (tensors[name][:, :-1], tensors[name][0], tensors[name][:-1]):
+    for bad in (tensors[name][:, :-1], tensors[name][0], tensors[name][:-1], torch.empty(1 << 40, 2, 0).bfloat16()):
         save_file({**tensors, name: bad.contiguous()}, path, metadata={"format": "pt"})
         assert command("convert", folder, tmp_path / "out", "--to", "bf16", "--workers", 0) == 2
         assert "layers.1.mlp.experts" in capsys.readouterr().err
+        assert command("inspect", folder) in (1, 2)
+        assert command("verify", folder, folder, "--workers", 0) in (0, 2)
     assert not (tmp_path / "out").exists()
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint_files import CONFIG, read_all, snapshot
+from safetensors.torch import save_file
 
-from deepseek_v3.conversion import CheckpointError, compare, convert, write_checkpoint
+from deepseek_v3.conversion import CheckpointError, compare, convert, inspect, write_checkpoint
 from deepseek_v3.conversion.header import ITEM_BYTES, read_header
 from deepseek_v3.conversion.steps import Entry, Item, lay_out
 
@@ -180,6 +181,47 @@ def test_fused_and_back(made, tmp_path):
     assert snapshot(tmp_path / "again") == snapshot(made / "fused")
     convert(made / "fused", tmp_path / "fp8", "fp8", like=made / "fp8", workers=0)
     equal(read_all(tmp_path / "fp8"), read_all(made / "fp8"))
+
+
+def stacked(tensors):
+    """Experts' codes and scales as transformers stacks them: gate above up, each with its own rows of blocks."""
+    result = {name: tensor for name, tensor in tensors.items() if ".mlp.experts." not in name}
+    for prefix in {name.partition(".experts.")[0] for name in tensors if ".experts." in name}:
+        for suffix in ("", SCALE):
+            parts = {
+                part: [tensors[f"{prefix}.experts.{e}.{part}_proj.weight{suffix}"] for e in range(EXPERTS)]
+                for part in ("gate", "up", "down")
+            }
+            both = [torch.cat(pair) for pair in zip(parts["gate"], parts["up"], strict=True)]
+            result[f"{prefix}.experts.gate_up_proj{suffix}"] = torch.stack(both)
+            result[f"{prefix}.experts.down_proj{suffix}"] = torch.stack(parts["down"])
+    return result
+
+
+@pytest.mark.parametrize("width", [256, 160])
+def test_stacks_of_codes_are_read_in_every_direction(width, tmp_path):
+    """What `save_pretrained(save_original_format=False)` writes of a model whose FP8 was kept."""
+    official = tmp_path / "fp8"
+    write_checkpoint({**CONFIG, "moe_intermediate_size": width}, official, shards=2)
+    (tmp_path / "stacked").mkdir()
+    shutil.copy(official / "config.json", tmp_path / "stacked")
+    tensors = stacked(read_all(official))
+    save_file(tensors, tmp_path / "stacked" / "model.safetensors", metadata={"format": "pt"})
+    assert inspect(tmp_path / "stacked").sound
+    assert compare(tmp_path / "stacked", official, workers=0).agrees(exact=True)
+    convert(tmp_path / "stacked", tmp_path / "again", "fp8", workers=0)
+    equal(read_all(tmp_path / "again"), read_all(official))
+    convert(tmp_path / "stacked", tmp_path / "bf16", "bf16", workers=0)
+    equal(read_all(tmp_path / "bf16"), dequantised(read_all(official)))
+    convert(tmp_path / "stacked", tmp_path / "fused", "fused", workers=0)
+    convert(official, tmp_path / "expected", "fused", workers=0)
+    equal(read_all(tmp_path / "fused"), read_all(tmp_path / "expected"))
+    name = next(name for name in tensors if name.endswith(f"gate_up_proj{SCALE}"))
+    for bad in (tensors[name][:, :-1], tensors[name][0], tensors[name][:-1], tensors[name][..., :-1]):
+        save_file({**tensors, name: bad.contiguous()}, tmp_path / "stacked" / "model.safetensors")
+        with pytest.raises(CheckpointError, match="layers.*experts"):
+            convert(tmp_path / "stacked", tmp_path / "refused", "bf16", workers=0)
+        assert not (tmp_path / "refused").exists()
 
 
 @pytest.mark.parametrize("name", ["fp8", "bf16"])

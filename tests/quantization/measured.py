@@ -76,11 +76,22 @@ def load(folder, how, offload=None, device_map="auto"):
     return AutoModelForCausalLM.from_pretrained(folder, **kwargs)
 
 
-def save(root, folder, target, **options):
-    model = load(root / folder, "dequantised")
-    # In memory of its own: nothing of the files, and nothing that training would not have in memory.
-    model.get_parameter("model.layers.0.self_attn.o_proj.weight").data.mul_(1.5)
-    return peak_of(lambda: model.save_pretrained(root / target, quantize="fp8", original=root / folder, **options))[1]
+# What is saved -> how it is loaded, and how it is saved.
+SAVES = {
+    "save dequantised as fp8": ("dequantised", {"quantize": "fp8", "original": True}),
+    "save dequantised": ("dequantised", {}),
+    "save kept": ("kept", {}),
+}
+
+
+def save(root, folder, how, target, **options):
+    """The peak of saving into `target`; with `original` it is the folder that was loaded."""
+    model = load(root / folder, how)
+    if how == "dequantised":
+        # In memory of its own: nothing of the files, and nothing that training would not have in memory.
+        model.get_parameter("model.layers.0.self_attn.o_proj.weight").data.mul_(1.5)
+    options |= {"original": root / folder} if "original" in options else {}
+    return peak_of(lambda: model.save_pretrained(root / target, **options))[1]
 
 
 def measure_gpu(root):
@@ -115,8 +126,9 @@ def measure(root):
             "on disk": sum(tensor.nbytes for tensor in tensors if tensor.is_meta),
         }
         del model, tensors
-    save(root, "small", "saved-small")
-    results["save"] = {"peak": save(root, "fp8", "saved", max_shard_size=SAVED_SHARD)}
+    for case, (how, options) in SAVES.items():
+        save(root, "small", how, "saved-small", **options)
+        results[case] = {"peak": save(root, "fp8", how, case, max_shard_size=SAVED_SHARD, **options)}
     return results
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from official import logged, raw, stored
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
@@ -74,8 +75,11 @@ BESIDE |= {"model.layers.0": 0, "model.layers.1": "cpu", "model.layers.2": "disk
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("places", [BESIDE, "auto"], ids=["named", "auto"])
 def test_layers_beside_the_gpu_compute_and_are_saved_the_same(places, keep, folder, tmp_path):
+    """Equal to a model all on the GPU that is hooked as well: a hooked norm is not fused with what is around it."""
     wanted = {"quantization_config": FP8Config(keep=keep)}
     whole = load(folder, device_map="cuda", **wanted)
+    for module in list(whole.modules()):
+        add_hook_to_module(module, ModelHook())
     room = {"max_memory": {0: int(0.6 * whole.get_memory_footprint()), "cpu": "8GB"}} if places == "auto" else {}
     beside = load(folder, device_map=places, offload_folder=tmp_path / "offload", **room, **wanted)
     assert {0, "cpu"} <= set(beside.hf_device_map.values())

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from measured import CASES, GPU_CASES, SAVED_SHARD, load
+from measured import CASES, GPU_CASES, SAVED_SHARD, SAVES, load
 
 from deepseek_v3.configuration import preset
 from deepseek_v3.conversion import convert, write_checkpoint
@@ -72,11 +72,12 @@ def test_the_peak_stays_below_the_packed_model_and_two_shards(case, root, measur
     assert found["peak"] < 1.15 * found["model"] + 2 * max(files), found
 
 
-def test_saving_as_fp8_needs_less_than_two_shards_beside_the_model(root, measured):
-    files = sizes(root / "saved")
+@pytest.mark.parametrize("case", SAVES)
+def test_saving_needs_less_than_two_shards_beside_the_model(case, root, measured):
+    files = sizes(root / case)
     assert len(files) > 4 and sum(files) > 125e6 and max(files) < SAVED_SHARD * 1.01
     # One matrix as float32 and its parts, and what the allocator holds on to.
-    assert measured["save"]["peak"] < 2 * SAVED_SHARD, measured["save"]
+    assert measured[case]["peak"] < 2 * SAVED_SHARD, measured[case]
 
 
 @pytest.mark.gpu

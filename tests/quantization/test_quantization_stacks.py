@@ -111,6 +111,27 @@ def test_a_stack_s_scale_that_does_not_fit_is_one_clear_error(fault, on_disk, ho
     assert "\n" not in str(error.value)
 
 
+def test_a_stack_that_the_model_does_not_have_is_passed_over(folders, plain, tmp_path):
+    """An empty tensor may claim any number of experts."""
+    name = STACK.replace("layers.1", "layers.9")
+    folder = changed(
+        folders / "bf16", tmp_path / "a", lambda t: t.update({name: torch.empty(1 << 40, 2, 0).bfloat16()})
+    )
+    model = load(folder, **HOW["bf16"])
+    assert all(torch.equal(tensor, plain.state_dict()[n]) for n, tensor in model.state_dict().items())
+
+
+def test_a_stack_of_another_shape_is_refused_or_as_asked_left_to_transformers(folders, tmp_path):
+    def fewer(tensors):
+        tensors[STACK] = tensors[STACK][:-1].clone()
+
+    folder = changed(folders / "bf16", tmp_path / "a", fewer)
+    with pytest.raises(ValueError, match=f"{STACK}: shape .7, 320, 192., config.json asks for .8, 320, 192."):
+        load(folder)
+    info = load(folder, ignore_mismatched_sizes=True, output_loading_info=True)[1]
+    assert {key for key, *_ in info["mismatched_keys"]} == {STACK}
+
+
 def test_a_file_that_is_cut_while_it_is_read_is_one_clear_error(folders, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset: 0)
     with pytest.raises(ValueError, match=r"model-.*safetensors: tensor .*: ends in the middle; download"):
