@@ -196,7 +196,7 @@ class _AdaptedProduct(torch.autograd.Function):
         scaling: float,
     ) -> torch.Tensor:
         with torch.autocast(rows.device.type, enabled=False):
-            inner = grouped_gemm(_wide(rows), _wide(right), offsets).mul_(scaling)  # [P, r]
+            inner = grouped_gemm(rows, _wide(right), offsets).mul_(scaling)  # [P, r]
             ctx.save_for_backward(rows, inner, offsets, left, right)
             ctx.stack, ctx.scaling = stack, scaling
             return stack.forward(rows).add_(grouped_gemm(inner, _wide(left), offsets))
@@ -208,15 +208,14 @@ class _AdaptedProduct(torch.autograd.Function):
         grad_rows = grad_left = grad_right = None
         with torch.autocast(rows.device.type, enabled=False):
             grad = grad.contiguous()
-            wide = _wide(grad)
-            narrow = grouped_gemm(wide, _wide(left), offsets, transposed=True).mul_(ctx.scaling)  # [P, r]
+            narrow = grouped_gemm(grad, _wide(left), offsets, transposed=True).mul_(ctx.scaling)  # [P, r]
             if ctx.needs_input_grad[0]:
                 grad_rows = ctx.stack.backward(grad)
                 grad_rows.add_(grouped_gemm(narrow, _wide(right), offsets, transposed=True))
             if ctx.needs_input_grad[3]:
-                grad_left = grouped_wgrad(wide, inner, offsets, dtype=left.dtype)
+                grad_left = grouped_wgrad(grad, inner, offsets, dtype=left.dtype)
             if ctx.needs_input_grad[4]:
-                grad_right = grouped_wgrad(narrow, _wide(rows), offsets, dtype=right.dtype)
+                grad_right = grouped_wgrad(narrow, rows, offsets, dtype=right.dtype)
         return grad_rows, None, None, grad_left, grad_right, None
 
 
