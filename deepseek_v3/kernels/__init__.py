@@ -5,10 +5,11 @@ Importing this needs torch alone and asks neither the device nor the environment
 
 from .dispatch import BackendRow, BackendTable, backends
 from .e5m6 import pack_e5m6, unpack_e5m6
-from .experts import experts_forward, experts_step, is_step
+from .experts import experts_forward, experts_step, is_silu, is_step
 from .four_bit import widen_4bit
 from .fp8 import fp8_gemm
 from .fp8_training import retile, swiglu_backward
+from .gate import silu_gate
 from .grouped import grouped_gemm, grouped_wgrad
 from .grouped_fp8 import grouped_fp8_gemm, grouped_fp8_wgrad, quantize_grouped_transposed
 from .heads import join_keys, rotate_queries
@@ -45,6 +46,7 @@ __all__ = [
     "grouped_fp8_wgrad",
     "grouped_gemm",
     "grouped_wgrad",
+    "is_silu",
     "is_step",
     "join_keys",
     "mla_decode",
@@ -61,6 +63,7 @@ __all__ = [
     "rotate",
     "rotate_queries",
     "route",
+    "silu_gate",
     "sort_pairs",
     "swiglu_backward",
     "unpack_e5m6",

@@ -110,7 +110,8 @@ def _step(hidden, gate_up, down, index, weights, shared_gate, shared_up, shared_
     return combine(out, inverse, offsets, weights.contiguous(), tokens, gate_up.shape[0], True, residual.contiguous())
 
 
-def _is_silu(act_fn) -> bool:
+def is_silu(act_fn: Callable) -> bool:
+    """Whether an activation is SiLU, which the fused kernels know."""
     return act_fn is F.silu or isinstance(act_fn, torch.nn.SiLU) or type(act_fn).__name__ == "SiLUActivation"
 
 
@@ -118,7 +119,7 @@ def _is_decode(hidden, gate_up, down, index, weights, act_fn) -> bool:
     """Whether the fused form serves: few rows an expert, SwiGLU, no gradient wanted."""
     if torch.is_grad_enabled() and any(t.requires_grad for t in (hidden, gate_up, down, weights)):
         return False
-    if not _is_silu(act_fn) or not hidden.dtype == gate_up.dtype == down.dtype:
+    if not is_silu(act_fn) or not hidden.dtype == gate_up.dtype == down.dtype:
         return False
     return 0 < index.numel() <= FEW_ROWS * gate_up.shape[0]
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from ..kernels import combine_pairs, gather_pairs, grouped_gemm, grouped_wgrad, sort_pairs
+from ..kernels import combine_pairs, gather_pairs, grouped_gemm, grouped_wgrad, is_silu, silu_gate, sort_pairs
 
 # The matrices [e, N, K] in a dtype, of all experts or of some, and the offsets [e + 1] of their rows.
 Widen = Callable[[torch.dtype], tuple[torch.Tensor, torch.Tensor]]
@@ -143,31 +143,17 @@ def frozen_experts(
     """
     order, inverse, offsets = sort_pairs(top_k_index, experts.num_experts)
     rows = gather_pairs(hidden_states, order, inverse, offsets).to(dtype)  # [P, D]
-    rows = _Gated.apply(stack("gate_up_proj", rows, offsets), experts.act_fn)  # [P, F]
+    rows = _gated(stack("gate_up_proj", rows, offsets), experts.act_fn)  # [P, F]
     output = stack("down_proj", rows, offsets)
     return combine_pairs(output, inverse, offsets, top_k_weights).to(hidden_states.dtype)
 
 
-class _Gated(torch.autograd.Function):
-    """act(gate) * up of both side by side [P, 2F] to [P, F], in float32 up to the result; computed anew for the
-    gradient, so that nothing in float32 is kept."""
-
-    @staticmethod
-    def forward(ctx: Any, both: torch.Tensor, act_fn: Callable) -> torch.Tensor:
-        ctx.save_for_backward(both)
-        ctx.act_fn = act_fn
-        gate, up = _wide(both).chunk(2, dim=-1)
-        return (act_fn(gate) * up).to(both.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        (both,) = ctx.saved_tensors
-        with torch.enable_grad():
-            leaf = _wide(both).detach().requires_grad_()
-            gate, up = leaf.chunk(2, dim=-1)
-            (result,) = torch.autograd.grad(ctx.act_fn(gate) * up, leaf, _wide(grad))
-        return result.to(both.dtype), None
+def _gated(both: torch.Tensor, act_fn: Callable) -> torch.Tensor:
+    """act(gate) * up of both side by side [P, 2F] to [P, F], in float32 up to the result."""
+    if is_silu(act_fn):
+        return silu_gate(both)
+    gate, up = _wide(both).chunk(2, dim=-1)
+    return (act_fn(gate) * up).to(both.dtype)
 
 
 class _Product(torch.autograd.Function):
