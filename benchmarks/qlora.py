@@ -119,23 +119,47 @@ class Steps:
         return [name for name, p in named if p.grad is None or not bool(p.grad.any())]
 
 
+def measure(steps, options, length):
+    """Speed and peak memory of steps over rows of a length, after one that is not counted."""
+    on_gpu = steps.device == "cuda"
+    steps.shape = (options.batch, length)
+    steps.step()
+    if on_gpu:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    losses = [steps.step() for _ in range(options.steps)]  # each reads its loss, so each is finished
+    if on_gpu:
+        torch.cuda.synchronize()
+    tokens = options.steps * options.batch * length
+    return {
+        "length": length,
+        "tokens_per_second": tokens / (time.perf_counter() - start),
+        "peak_bytes_training": peak_bytes(steps.device),
+        "losses": losses,
+    }
+
+
 def main():
     args = parser(__doc__)
     args.add_argument("--tiny", action="store_true", help="small sizes, on the CPU")
     args.add_argument("--batch", type=int, default=1)
     args.add_argument("--length", type=int, default=2048)
+    args.add_argument("--longer", type=int, default=8192, help="rows that are measured besides; 0 for none")
     args.add_argument("--rank", type=int, default=16)
     args.add_argument("--steps", type=int, default=6)
     options = args.parse_args()
     device = "cpu" if options.tiny else "cuda"
     if options.tiny:
-        options.length, config = 64, preset("tiny", q_lora_rank=64, eos_token_id=None, pad_token_id=0)
+        options.length, options.longer, config = (
+            64,
+            128,
+            preset("tiny", q_lora_rank=64, eos_token_id=None, pad_token_id=0),
+        )
     else:
         config = preset("moonlight-16b-a3b", eos_token_id=None, pad_token_id=0)
     base = load(config, device)
     loaded = peak_bytes(device)
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
     error = check_experts(base, device)
     resident = base.get_memory_footprint()
     experts = sum(module.nbytes() for module in base.modules() if isinstance(module, BnbExperts))
@@ -148,21 +172,14 @@ def main():
     if error > 2e-2 or still:
         sys.exit(f"experts off by {error:.1e}, adapters without a gradient: {still[:3]}; nothing is reported")
     steps.optimizer.zero_grad()
-    steps.step()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    losses = [steps.step() for _ in range(options.steps)]  # each reads its loss, so each is finished
-    if device == "cuda":
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - start
+    measured = measure(steps, options, options.length)
+    longer = measure(steps, options, options.longer) if options.longer else None
     bill = account(config)
     data = {
         "model": "tiny" if options.tiny else "moonlight-16b-a3b",
         "parameters": base.num_parameters() - sum(p.numel() for p in steps.parameters),
         "adapter_parameters": sum(p.numel() for p in steps.parameters),
         "batch": options.batch,
-        "length": options.length,
         "rank": options.rank,
         "targets": "every projection, MLP and expert",
         "resident_weight_bytes": resident,
@@ -171,13 +188,15 @@ def main():
             NF4_BYTES * config.n_routed_experts * bill.expert_parameters * len(base.model.routers())
         ),
         "peak_bytes_loading": loaded,
-        "peak_bytes_training": peak_bytes(device),
-        "tokens_per_second": options.steps * options.batch * options.length / seconds,
+        **measured,
+        "longer": longer,
         "experts_relative_error": error,
-        "losses": losses,
     }
     gb = {name: data[name] / 1e9 for name in data if "bytes" in name}
     rows = [[name.replace("_", " ").replace("bytes", "GB"), value] for name, value in gb.items()]
+    if longer:
+        rows.append([f"the same with {longer['length']:,} tokens", longer["peak_bytes_training"] / 1e9])
+        rows.append(["tokens a second then", longer["tokens_per_second"]])
     rows += [["tokens a second", data["tokens_per_second"]], ["adapter's parameters", data["adapter_parameters"]]]
     finish("qlora", ["what", "value"], rows, data, options.output)
 

@@ -194,6 +194,9 @@ def qlora():
         ["peak while training", gb["peak_bytes_training"]],
         ["tokens a second", f"{record['tokens_per_second']:,.0f}"],
     ]
+    if longer := record.get("longer"):
+        rows.append([f"peak with {longer['length']:,} tokens a step", f"{longer['peak_bytes_training'] / 1e9:.1f} GB"])
+        rows.append(["tokens a second then", f"{longer['tokens_per_second']:,.0f}"])
     head = f"Moonlight-16B-A3B's sizes ({parameters / 1e9:.1f} billion parameters, random), NF4 with double "
     head += f"quantisation, LoRA of rank {record['rank']} on {record.get('targets', 'attention and experts')}, "
     head += f"{record['length']:,} tokens a step, activation checkpointing, {machine(record)}; "

@@ -15,6 +15,7 @@ from .fp8_training import (
     swiglu_backward_codes,
     swiglu_forward_codes,
 )
+from .gate import silu_gate
 from .grouped import grouped_gemm, grouped_wgrad
 from .grouped_fp8 import grouped_fp8_gemm, grouped_fp8_wgrad, quantize_grouped_transposed
 from .heads import join_keys, rotate_queries
@@ -80,6 +81,7 @@ __all__ = [
     "SingleAttention",
     "SingleExperts",
     "SingleMLP",
+    "silu_gate",
     "sort_pairs",
     "swiglu",
     "swiglu_backward",

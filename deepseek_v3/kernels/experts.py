@@ -118,7 +118,7 @@ def _step(hidden, gate_up, down, index, weights, shared_gate, shared_up, shared_
 
 
 def is_silu(act_fn: Callable) -> bool:
-    """Whether it is the activation that kernels compute."""
+    """Whether an activation is SiLU, which the fused kernels know."""
     return act_fn is F.silu or isinstance(act_fn, torch.nn.SiLU) or type(act_fn).__name__ == "SiLUActivation"
 
 

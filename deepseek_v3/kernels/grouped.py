@@ -21,15 +21,20 @@ dispatch.OPERATIONS[OPERATION] = _reasons
 
 def _choose(left, right, backend) -> str:
     reasons = _reasons(left.device)
-    if left.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+    if not {left.dtype, right.dtype} <= {torch.bfloat16, torch.float16, torch.float32}:
         reasons["triton"] = reasons["triton"] or f"{left.dtype}"
-    if left.dtype != torch.bfloat16 or left.shape[-1] % 8 or right.shape[-1] % 8 or right.shape[-2] % 8:
+    if (
+        not left.dtype == right.dtype == torch.bfloat16
+        or left.shape[-1] % 8
+        or right.shape[-1] % 8
+        or right.shape[-2] % 8
+    ):
         reasons["grouped_mm"] = reasons["grouped_mm"] or "takes bfloat16 with sizes that are multiples of 8 alone"
     return dispatch.choose(OPERATION, reasons, backend, left.device)
 
 
 def _gemm_fake(x, w, offsets, transposed, backend):
-    return x.new_empty(x.shape[0], w.shape[2] if transposed else w.shape[1])
+    return w.new_empty(x.shape[0], w.shape[2] if transposed else w.shape[1])
 
 
 @dispatch.define(
@@ -79,11 +84,15 @@ class _GroupedLinear(torch.autograd.Function):
         ops, dy = dispatch.ops, dy.contiguous()
         dx = dw = None
         if ctx.needs_input_grad[0]:
-            dx = ops.grouped_gemm(dy, w, offsets, not ctx.transposed, ctx.backend)
+            dx = ops.grouped_gemm(dy, w, offsets, not ctx.transposed, ctx.backend).to(x.dtype)
         if ctx.needs_input_grad[1]:
             left, right = (x, dy) if ctx.transposed else (dy, x)
             dw = ops.grouped_wgrad(left, right, offsets, w.dtype, ctx.backend)
         return dx, dw, None, None, None
+
+
+def _mix(narrow, wide) -> bool:
+    return narrow.dtype == wide.dtype or (wide.dtype == torch.float32 and narrow.dtype.itemsize == 2)
 
 
 def _check(x, offsets, experts) -> None:
@@ -100,17 +109,18 @@ def grouped_gemm(
 
     Args:
         x: [P, K], rows sorted by expert.
-        w: [E, N, K] (transposed: [E, K, N]), the dtype of x; strided stacks are read in place.
+        w: [E, N, K] (transposed: [E, K, N]), the dtype of x, or float32 over rows of 16 bits, which are widened as
+            they are read; strided stacks are read in place.
         offsets: int32 [E + 1] on the device, from ``sort_pairs``; read there, never on the host (but by "torch").
         backend: "auto", "triton", "grouped_mm" (torch's, bfloat16 on Hopper) or "torch".
 
     Returns:
-        [P, N] of x's dtype, summed in float32. Rows from ``offsets[E]`` on are left unwritten.
+        [P, N] of w's dtype, summed in float32. Rows from ``offsets[E]`` on are left unwritten.
 
     Raises:
         ValueError: shapes or dtypes that do not fit. RuntimeError: a backend asked for that cannot run here.
     """
-    if w.dim() != 3 or w.dtype != x.dtype or x.shape[-1] != w.shape[1 if transposed else 2]:
+    if w.dim() != 3 or not _mix(x, w) or x.shape[-1] != w.shape[1 if transposed else 2]:
         raise ValueError(f"x {x.dtype} {tuple(x.shape)} does not fit w {w.dtype} {tuple(w.shape)}")
     _check(x, offsets, w.shape[0])
     return _GroupedLinear.apply(x, w, offsets, transposed, backend)
@@ -127,7 +137,7 @@ def grouped_wgrad(
     """``dw[e] = dy[rows of e].T @ x[rows of e]``; zeros for an expert without rows.
 
     Args:
-        dy: [P, N]; x: [P, K], same dtype, rows sorted by expert.
+        dy: [P, N]; x: [P, K], rows sorted by expert, in one dtype, or one in float32 and the other in 16 bits.
         offsets: int32 [E + 1] from ``sort_pairs``.
         dtype: of the result; float32 keeps what the float32 sum holds.
         backend: as for ``grouped_gemm``.
@@ -138,7 +148,7 @@ def grouped_wgrad(
     Raises:
         ValueError: shapes or dtypes that do not fit. RuntimeError: a backend asked for that cannot run here.
     """
-    if dy.dim() != 2 or dy.shape[0] != x.shape[0] or dy.dtype != x.dtype:
+    if dy.dim() != 2 or dy.shape[0] != x.shape[0] or not (_mix(dy, x) or _mix(x, dy)):
         raise ValueError(f"dy {dy.dtype} {tuple(dy.shape)} does not fit x {x.dtype} {tuple(x.shape)}")
     _check(x, offsets, offsets.numel() - 1)
     return dispatch.ops.grouped_wgrad(dy, x, offsets, dtype, backend)

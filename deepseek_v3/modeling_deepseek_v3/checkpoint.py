@@ -7,7 +7,7 @@ a checkpoint without MTP weights gives a model without MTP modules, never one wi
 import copy
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -35,6 +35,8 @@ from ..quantization import (
 logger = logging.get_logger(__name__)
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+# What PEFT calls the model that it wraps.
+_UNDER_ADAPTERS = "base_model.model."
 
 
 def expert_converters() -> list[WeightConverter]:
@@ -73,7 +75,7 @@ class LoadingMixin:
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
         """What DistributedDataParallel must not broadcast, by its names in the model and in PEFT's wrapper."""
         names = stack_shapes(cast(Any, self))
-        return [prefix + name for name in names for prefix in ("", "base_model.model.")]
+        return [prefix + name for name in names for prefix in ("", _UNDER_ADAPTERS)]
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
@@ -130,6 +132,11 @@ class LoadingMixin:
             ValueError: FP8 codes without their scale, for a weight that the model does not keep in FP8.
         """
         return super().load_state_dict(dequantized_state_dict(self, state_dict), *args, **kwargs)  # type: ignore[misc]
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest: Any) -> None:
+        if prefix == _UNDER_ADAPTERS:
+            rest[4].extend(_lost_adapters(cast(Any, self), state_dict))
+        super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[misc]
 
     def save_pretrained(
         self,
@@ -192,6 +199,26 @@ def _drop_local_code(config: Any) -> None:
         config.auto_map = auto_map
     elif hasattr(config, "auto_map"):
         del config.auto_map
+
+
+def _lost_adapters(model: Any, names: Iterable[str]) -> list[str]:
+    """An error where an adapter's file holds weights for what this base has not; PEFT would pass over them in silence.
+
+    Layers behind the last may be MTP modules that were not loaded: they are left out with a word.
+    """
+    known = {_UNDER_ADAPTERS + name for name, _ in model.named_parameters()}
+    lost = [name.removeprefix(_UNDER_ADAPTERS) for name in names if ".lora_" in name and name not in known]
+    layers = {name: match for name in lost if (match := _LAYER.search(name))}
+    behind = {name for name, match in layers.items() if int(match[1]) >= model.config.num_hidden_layers}
+    if behind:
+        logger.warning(
+            f"{len(behind)} weights of the adapter are left out: they are for MTP modules that were not loaded, or "
+            f"for a deeper base ({min(behind)})."
+        )
+    lost = sorted(set(lost) - behind)
+    if not lost:
+        return []
+    return [f"the adapter is of another base: it has {len(lost)} weights for what is not here, the first is {lost[0]}"]
 
 
 def _settle_mtp(model: Any, loading_info: Any) -> None:

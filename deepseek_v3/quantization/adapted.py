@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from ..kernels import combine_pairs, gather_pairs, grouped_gemm, grouped_wgrad, sort_pairs
+from ..kernels import combine_pairs, gather_pairs, grouped_gemm, grouped_wgrad, is_silu, silu_gate, sort_pairs
 
 # The matrices [e, N, K] in a dtype, of all experts or of some, and the offsets [e + 1] of their rows.
 Widen = Callable[[torch.dtype], tuple[torch.Tensor, torch.Tensor]]
@@ -143,31 +143,17 @@ def frozen_experts(
     """
     order, inverse, offsets = sort_pairs(top_k_index, experts.num_experts)
     rows = gather_pairs(hidden_states, order, inverse, offsets).to(dtype)  # [P, D]
-    rows = _Gated.apply(stack("gate_up_proj", rows, offsets), experts.act_fn)  # [P, F]
+    rows = _gated(stack("gate_up_proj", rows, offsets), experts.act_fn)  # [P, F]
     output = stack("down_proj", rows, offsets)
     return combine_pairs(output, inverse, offsets, top_k_weights).to(hidden_states.dtype)
 
 
-class _Gated(torch.autograd.Function):
-    """act(gate) * up of both side by side [P, 2F] to [P, F], in float32 up to the result; computed anew for the
-    gradient, so that nothing in float32 is kept."""
-
-    @staticmethod
-    def forward(ctx: Any, both: torch.Tensor, act_fn: Callable) -> torch.Tensor:
-        ctx.save_for_backward(both)
-        ctx.act_fn = act_fn
-        gate, up = _wide(both).chunk(2, dim=-1)
-        return (act_fn(gate) * up).to(both.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        (both,) = ctx.saved_tensors
-        with torch.enable_grad():
-            leaf = _wide(both).detach().requires_grad_()
-            gate, up = leaf.chunk(2, dim=-1)
-            (result,) = torch.autograd.grad(ctx.act_fn(gate) * up, leaf, _wide(grad))
-        return result.to(both.dtype), None
+def _gated(both: torch.Tensor, act_fn: Callable) -> torch.Tensor:
+    """act(gate) * up of both side by side [P, 2F] to [P, F], in float32 up to the result."""
+    if is_silu(act_fn):
+        return silu_gate(both)
+    gate, up = _wide(both).chunk(2, dim=-1)
+    return (act_fn(gate) * up).to(both.dtype)
 
 
 class _Product(torch.autograd.Function):
@@ -196,7 +182,7 @@ class _AdaptedProduct(torch.autograd.Function):
         scaling: float,
     ) -> torch.Tensor:
         with torch.autocast(rows.device.type, enabled=False):
-            inner = grouped_gemm(_wide(rows), _wide(right), offsets).mul_(scaling)  # [P, r]
+            inner = grouped_gemm(rows, _wide(right), offsets).mul_(scaling)  # [P, r]
             ctx.save_for_backward(rows, inner, offsets, left, right)
             ctx.stack, ctx.scaling = stack, scaling
             return stack.forward(rows).add_(grouped_gemm(inner, _wide(left), offsets))
@@ -208,15 +194,14 @@ class _AdaptedProduct(torch.autograd.Function):
         grad_rows = grad_left = grad_right = None
         with torch.autocast(rows.device.type, enabled=False):
             grad = grad.contiguous()
-            wide = _wide(grad)
-            narrow = grouped_gemm(wide, _wide(left), offsets, transposed=True).mul_(ctx.scaling)  # [P, r]
+            narrow = grouped_gemm(grad, _wide(left), offsets, transposed=True).mul_(ctx.scaling)  # [P, r]
             if ctx.needs_input_grad[0]:
                 grad_rows = ctx.stack.backward(grad)
                 grad_rows.add_(grouped_gemm(narrow, _wide(right), offsets, transposed=True))
             if ctx.needs_input_grad[3]:
-                grad_left = grouped_wgrad(wide, inner, offsets, dtype=left.dtype)
+                grad_left = grouped_wgrad(grad, inner, offsets, dtype=left.dtype)
             if ctx.needs_input_grad[4]:
-                grad_right = grouped_wgrad(narrow, _wide(rows), offsets, dtype=right.dtype)
+                grad_right = grouped_wgrad(narrow, rows, offsets, dtype=right.dtype)
         return grad_rows, None, None, grad_left, grad_right, None
 
 

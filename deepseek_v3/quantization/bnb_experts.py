@@ -185,8 +185,11 @@ class BnbExperts(Stacks):
     def _stack(self, name: str, rows: torch.Tensor, offsets: torch.Tensor, factors: Factors | None) -> torch.Tensor:
         """Product of rows sorted by expert with one stack, and with what adapters add to it."""
 
+        # Kept until the gradient has come: the rows themselves would be kept with it, past activation checkpointing.
+        many = len(rows) >= _MANY_ROWS * self.num_experts
+
         def widen(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-            if len(rows) >= _MANY_ROWS * self.num_experts:
+            if many:
                 return self.widened(name, dtype), offsets
             hit = (offsets[1:] > offsets[:-1]).nonzero()[:, 0]
             hit = hit if len(hit) else hit.new_zeros(1)

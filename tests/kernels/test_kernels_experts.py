@@ -137,6 +137,32 @@ def test_grouped_gemm(target, name, transposed, columns, depth):
         assert_close(got[:used], truth, target.dtype)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("name", GROUPS)
+@pytest.mark.parametrize("columns, depth", [(16, 128), (72, 5), (72, 40)])
+def test_float32_factors_multiply_narrow_rows_as_they_are(target, name, transposed, columns, depth):
+    sizes = GROUPS[name]
+    x = torch.randn(sum(sizes), depth).to(target.dtype)
+    w = torch.randn(len(sizes), columns, depth)
+    stack = (w.transpose(1, 2) if transposed else w).to(target.device)
+    offsets = offsets_of(sizes, target.device)
+    rows, stack = x.to(target.device).requires_grad_(), stack.requires_grad_()
+    got = grouped_gemm(rows, stack, offsets, transposed=transposed, backend=target.backend)
+    parts = list(zip(w.double(), x.double().split(sizes), strict=True))
+    assert got.dtype == torch.float32 and got.shape == (sum(sizes), columns)
+    if not sizes or not sum(sizes):
+        return
+    assert_close(got, torch.cat([part @ matrix.t() for matrix, part in parts]), torch.float32)
+    dy = torch.randn(got.shape)
+    got.backward(dy.to(target.device))
+    # Of a pair in two dtypes either may be the narrow one.
+    given = dy.double().split(sizes)
+    assert rows.grad.dtype == target.dtype
+    assert_close(rows.grad, torch.cat([g @ matrix for g, (matrix, _) in zip(given, parts, strict=True)]), target.dtype)
+    exact = torch.stack([g.t() @ part for g, (_, part) in zip(given, parts, strict=True)])
+    assert_close(stack.grad, exact.mT if transposed else exact, torch.float32)
+
+
 @pytest.mark.parametrize("name", GROUPS)
 @pytest.mark.parametrize("columns, depth", [(64, 128), (72, 40)])
 def test_grouped_wgrad(target, name, columns, depth):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from adapters import randomise
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import deepseek_v3
@@ -49,6 +49,20 @@ def test_an_adapter_of_another_base_of_equal_shapes_is_refused(folders, tmp_path
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert f"the adapter {tmp_path / 'first'} is of another base" in error and "fingerprint" in error
     assert not (tmp_path / "out").exists()
+
+
+def test_peft_leaves_out_no_part_of_an_adapter_in_silence(tmp_path, caplog):
+    base = make_model(first_k_dense_replace=1)
+    model = randomise(get_peft_model(base, LoraConfig(r=2, **lora_target_modules(base.config, "all"))))
+    model.save_pretrained(tmp_path)
+    PeftModel.from_pretrained(make_model(first_k_dense_replace=1), tmp_path)
+    assert "left out" not in caplog.text
+    # One layer more is dense here: its routed and shared experts are not found.
+    with pytest.raises(RuntimeError, match=r"the adapter is of another base: .* the first is model\.layers\.1\.mlp\."):
+        PeftModel.from_pretrained(make_model(first_k_dense_replace=2), tmp_path)
+    caplog.clear()
+    PeftModel.from_pretrained(make_model(first_k_dense_replace=1, num_nextn_predict_layers=0), tmp_path)
+    assert "weights of the adapter are left out: they are for MTP modules that were not loaded" in caplog.text
 
 
 def test_a_fingerprint_is_of_the_weights_and_not_of_how_they_are_held(folders, tmp_path):

@@ -1,5 +1,8 @@
 """LoRA on the routed experts: the factors multiply beside the stack, whatever it is held in, and what BF16 loses."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from adapters import adapters, beside, change, float64_twin, randomise, reference, relative
@@ -10,6 +13,9 @@ from test_lora_packed import folder, load
 from transformers import AutoModelForCausalLM
 
 from deepseek_v3 import FP8Config, lora_target_modules
+from deepseek_v3.modeling_deepseek_v3 import moe
+from deepseek_v3.quantization import adapted as adapted_module
+from deepseek_v3.quantization import bnb_experts, experts
 from twins import make_model
 
 __all__ = ["folder"]  # a fixture
@@ -220,3 +226,24 @@ def test_what_bf16_loses(held, mean, worst, folder, sums):
             patch.setitem(globals(), "beside", lambda wrapper, *arguments: wrapper(*arguments))
             theirs = torch.tensor([errors(model, stacks, dtype, seed) for seed in range(20)])
         assert found.mean() < theirs.mean() and sums
+
+
+@pytest.mark.parametrize("form", ["float32", "nf4", "fp8"])
+def test_under_checkpointing_no_rows_are_kept_for_the_gradient(form, folder, fp8, monkeypatch):
+    """What a product keeps beside its saved tensors is out of checkpointing's reach, and would stay for each layer."""
+    model = adapted(held_as(form, folder, fp8)[0]).train()
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    kept, product = [], adapted_module.frozen_product
+
+    def watched(rows, *arguments):
+        kept.append(weakref.ref(rows.untyped_storage()))
+        return product(rows, *arguments)
+
+    for module in (adapted_module, bnb_experts, experts, moe):
+        if hasattr(module, "frozen_product"):
+            monkeypatch.setattr(module, "frozen_product", watched)
+    loss = model(TOKENS, labels=TOKENS).loss
+    gc.collect()
+    assert len(kept) == 6 and all(storage() is None for storage in kept)
+    loss.backward()
+    assert len(kept) == 12

@@ -66,9 +66,9 @@ def _segments(offsets):
 
 def grouped_gemm(x, w, offsets, transposed):
     """See ``deepseek_v3.kernels.grouped_gemm``; rows of no expert are zeros here."""
-    out = x.new_zeros(x.shape[0], w.shape[2] if transposed else w.shape[1])
+    out = w.new_zeros(x.shape[0], w.shape[2] if transposed else w.shape[1])
     for e, rows in _segments(offsets):
-        out[rows] = x[rows] @ (w[e] if transposed else w[e].t())
+        out[rows] = x[rows].to(w.dtype) @ (w[e] if transposed else w[e].t())
     return out
 
 
@@ -76,5 +76,6 @@ def grouped_wgrad(dy, x, offsets, dtype):
     """See ``deepseek_v3.kernels.grouped_wgrad``."""
     out = torch.zeros(offsets.numel() - 1, dy.shape[1], x.shape[1], dtype=dtype, device=x.device)
     for e, rows in _segments(offsets):
-        out[e] = (dy[rows].t() @ x[rows]).to(dtype)
+        left, right = (t[rows].to(torch.promote_types(dy.dtype, x.dtype)) for t in (dy, x))
+        out[e] = (left.t() @ right).to(dtype)
     return out

@@ -41,7 +41,10 @@ def grouped_rows(
     BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr, FP8: tl.constexpr, TMA: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out[m] = x[m] @ w[e].T for the rows m of expert e; TRANSPOSED: @ w[e]. FP8: scales 1 x 128 and 128 x 128."""
+    """out[m] = x[m] @ w[e].T for the rows m of expert e; TRANSPOSED: @ w[e]. FP8: scales 1 x 128 and 128 x 128.
+
+    Else x may be narrower than w, and is widened to it.
+    """
     e, start, end, m_tile, n_tile = locate(
         offsets, tl.program_id(0), tl.cdiv(N, BLOCK_N), experts, BLOCK_E, BLOCK_M, GROUP_M
     )
@@ -79,7 +82,7 @@ def grouped_rows(
             sb = tl.load(w_scale + e.to(tl.int64) * ws_e + (n0 // 128).to(tl.int64) * ws_n + group * ws_k)
             acc += tl.dot(a, b) * (sa * sb)[:, None]
         else:
-            acc = tl.dot(a, b, acc, input_precision=PRECISION)
+            acc = tl.dot(a.to(b.dtype), b, acc, input_precision=PRECISION)
     place = out + row.to(tl.int64)[:, None] * out_m + n[None, :]
     tl.store(place, acc.to(out.dtype.element_ty), mask=live[:, None] & (n < N)[None, :])
 
@@ -89,7 +92,8 @@ def grouped_columns(
     dy, x, out, offsets, N, K, dy_m, x_m,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out[e] = dy[rows of e].T @ x[rows of e]: [E, N, K]; an expert without rows gets zeros."""
+    """out[e] = dy[rows of e].T @ x[rows of e]: [E, N, K]; an expert without rows gets zeros. Where dy and x differ in
+    dtype, both are widened to float32."""
     n_tiles = tl.cdiv(N, BLOCK_N)
     n0 = tl.program_id(0) % n_tiles * BLOCK_N
     k0 = tl.program_id(0) // n_tiles * BLOCK_K
@@ -112,6 +116,8 @@ def grouped_columns(
             live = (row < end)[:, None]
             a = tl.load(dy + row.to(tl.int64)[:, None] * dy_m + n[None, :], mask=live & (n < N)[None, :], other=0.0)
             b = tl.load(x + row.to(tl.int64)[:, None] * x_m + k[None, :], mask=live & (k < K)[None, :], other=0.0)
+        if a.dtype != b.dtype:
+            a, b = a.to(tl.float32), b.to(tl.float32)
         acc = tl.dot(a.T, b, acc, input_precision=PRECISION)
     place = out + e.to(tl.int64) * N * K + n.to(tl.int64)[:, None] * K + k[None, :]
     tl.store(place, acc.to(out.dtype.element_ty), mask=(n < N)[:, None] & (k < K)[None, :])
@@ -141,7 +147,7 @@ def few_rows(
             sb = tl.load(x_scale + source.to(tl.int64) * xs_m + group * xs_k, mask=live, other=0.0)
             first += tl.dot(a, b) * (sb * tl.load(w_scale + group))[None, :]
         else:
-            first = tl.dot(a, b, first, input_precision=PRECISION)
+            first = tl.dot(a, b.to(a.dtype), first, input_precision=PRECISION)
         if SWIGLU:
             c = tl.load(second_wp + kk[None, :], mask=mask, other=0.0)
             if FP8:

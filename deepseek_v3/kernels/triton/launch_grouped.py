@@ -10,9 +10,25 @@ from ..tuning import bucket
 from .grouped import grouped_columns, grouped_few, grouped_rows, grouped_step
 from .launch_mla import scratch, tma_ready
 from .launching import Launcher, cdiv, next_power_of_2
-from .tilings import COLUMNS, FEW, FEW_SWIGLU, FP8_MANY, MANY, PLAIN, SOME, is_small, tuned
+from .tilings import (
+    COLUMNS,
+    FEW,
+    FEW_SWIGLU,
+    FP8_MANY,
+    MANY,
+    PLAIN,
+    SHORT,
+    SHORT_COLUMNS,
+    SHORT_ROWS,
+    SHORT_SUMS,
+    SOME,
+    Tiling,
+    is_small,
+    tuned,
+)
 
 _few, _step = Launcher(grouped_few), Launcher(grouped_step)
+_rows, _columns = Launcher(grouped_rows), Launcher(grouped_columns)
 
 
 # Up to so many rows an expert on average, the time is that of reading the weights.
@@ -33,22 +49,36 @@ def _precision(tensor: torch.Tensor) -> str:
     return "ieee" if tensor.dtype == torch.float32 else "tf32"
 
 
+def _rows_tiling(w: torch.Tensor, pairs: int, experts: int, columns: int) -> Tiling:
+    """The fixed tiling of `grouped_rows` for weights w."""
+    if w.dtype == torch.float32:
+        return SHORT_ROWS if columns <= SHORT else SHORT_SUMS
+    return PLAIN if is_small(w) else SOME if pairs < 96 * experts else MANY
+
+
+def _columns_tiling(x: torch.Tensor, columns: int, depth: int) -> Tiling:
+    """The fixed tiling of `grouped_columns` for gradients [E, columns, depth]."""
+    if x.dtype == torch.float32 and min(columns, depth) <= SHORT:
+        return SHORT_SUMS if columns <= depth else SHORT_COLUMNS
+    return PLAIN if is_small(x) else COLUMNS
+
+
 def grouped_gemm(x, w, offsets, transposed, out_dtype=None, x_scale=None, w_scale=None, tiling=None):
     """See ``deepseek_v3.kernels.grouped_gemm`` and ``grouped_fp8_gemm``; last dimensions are dense."""
     pairs, depth = x.shape
     experts, fp8 = w.shape[0], x_scale is not None
     columns = w.shape[2] if transposed else w.shape[1]
-    out = torch.empty(pairs, columns, dtype=out_dtype or x.dtype, device=x.device)
+    out = torch.empty(pairs, columns, dtype=out_dtype or w.dtype, device=x.device)
     if not out.numel():
         return out
     if not transposed and is_few(pairs, experts) and tiling is None:
         return grouped_rows_few(x, w, offsets, None, 1, False, out, x_scale, w_scale)
     if tiling is None:
-        default = FP8_MANY if fp8 else PLAIN if is_small(x) else SOME if pairs < 96 * experts else MANY
+        default = FP8_MANY if fp8 else _rows_tiling(w, pairs, experts, columns)
         again = partial(grouped_gemm, x, w, offsets, transposed, out_dtype, x_scale, w_scale)
         kernel = "grouped_rows_fp8" if fp8 else "grouped_rows"
         tiling = tuned(kernel, default, w, again, rows=bucket(pairs), w=w.shape, transposed=transposed)
-    tma = not is_small(x) and tma_ready(x) and tma_ready(w)
+    tma = not is_small(w) and tma_ready(x) and tma_ready(w)
     x_tiles = w_tiles = None
     if tma:
         x_tiles = TensorDescriptor(x, list(x.shape), list(x.stride()), [tiling.rows, tiling.depth])
@@ -56,14 +86,20 @@ def grouped_gemm(x, w, offsets, transposed, out_dtype=None, x_scale=None, w_scal
         w_tiles = TensorDescriptor(w, list(w.shape), list(w.stride()), block)
     w_k, w_n = (w.stride(1), w.stride(2)) if transposed else (w.stride(2), w.stride(1))
     programs = _row_tiles(pairs, experts, tiling.rows) * cdiv(columns, tiling.columns)
-    grouped_rows[(programs,)](
-        x, w, out, offsets, x_tiles, w_tiles, x_scale, w_scale,
+    operands = (x, w, out, offsets, x_tiles, w_tiles, x_scale, w_scale)
+    numbers = (
         experts, columns, depth, x.stride(0), w.stride(0), w_n, w_k, out.stride(0),
         *(x_scale.stride() if fp8 else (0, 0)), *(w_scale.stride() if fp8 else (0, 0, 0)),
-        BLOCK_E=next_power_of_2(experts + 1), BLOCK_M=tiling.rows, BLOCK_N=tiling.columns, BLOCK_K=tiling.depth,
-        GROUP_M=tiling.band, FP8=fp8, TMA=tma, TRANSPOSED=transposed, PRECISION=_precision(x),
-        num_warps=tiling.warps, num_stages=tiling.stages,
     )  # fmt: skip
+    constants = {
+        "BLOCK_E": next_power_of_2(experts + 1), "BLOCK_M": tiling.rows, "BLOCK_N": tiling.columns,
+        "BLOCK_K": tiling.depth, "GROUP_M": tiling.band, "FP8": fp8, "TMA": tma, "TRANSPOSED": transposed,
+        "PRECISION": _precision(w), "num_warps": tiling.warps, "num_stages": tiling.stages,
+    }  # fmt: skip
+    if tma or fp8:  # descriptors, and strides that change with the rows
+        grouped_rows[(programs,)](*operands, *numbers, **constants)
+    else:
+        _rows((programs, 1, 1), operands, numbers, **constants)
     return out
 
 
@@ -81,7 +117,7 @@ def grouped_rows_few(x, w, offsets, order, top_k, swiglu, out, x_scale=None, w_s
         (experts, columns, x.shape[1], top_k, x.stride(0), w.stride(0), w.stride(1), out.stride(0),
          *(x_scale.stride() if fp8 else (0, 0)), *(w_scale.stride()[:2] if fp8 else (0, 0))),
         BLOCK_E=next_power_of_2(experts + 1), BLOCK_M=tiling.rows, BLOCK_N=tiling.columns, BLOCK_K=tiling.depth,
-        GATHER=order is not None, SWIGLU=swiglu, FP8=fp8, PRECISION=_precision(x),
+        GATHER=order is not None, SWIGLU=swiglu, FP8=fp8, PRECISION=_precision(w),
         num_warps=tiling.warps, num_stages=tiling.stages,
     )  # fmt: skip
     return out
@@ -115,20 +151,25 @@ def experts_step(x, w, out, offsets, order, top_k, swiglu, shared, first, tokens
 def grouped_wgrad(dy, x, offsets, dtype, tiling=None):
     """See ``deepseek_v3.kernels.grouped_wgrad``; last dimensions are dense."""
     experts, columns, depth = offsets.numel() - 1, dy.shape[1], x.shape[1]
+    wide = x if x.dtype == torch.float32 else dy
     out = torch.empty(experts, columns, depth, dtype=dtype, device=x.device)
     if not out.numel():
         return out
     if tiling is None:
-        default = PLAIN if is_small(x) else COLUMNS
+        default = _columns_tiling(wide, columns, depth)
         again = partial(grouped_wgrad, dy, x, offsets, dtype)
-        tiling = tuned("grouped_columns", default, x, again, rows=bucket(x.shape[0]), w=(experts, columns, depth))
-    tma = not is_small(x) and tma_ready(x) and tma_ready(dy)
+        tiling = tuned("grouped_columns", default, wide, again, rows=bucket(x.shape[0]), w=(experts, columns, depth))
+    tma = not is_small(wide) and tma_ready(x) and tma_ready(dy)
     if tma and x.is_cuda:
         triton.set_allocator(scratch)
-    tiles = cdiv(columns, tiling.depth) * cdiv(depth, tiling.columns)
-    grouped_columns[(tiles, experts)](
-        dy, x, out, offsets, columns, depth, dy.stride(0), x.stride(0),
-        BLOCK_M=tiling.rows, BLOCK_N=tiling.depth, BLOCK_K=tiling.columns, TMA=tma, PRECISION=_precision(x),
-        num_warps=tiling.warps, num_stages=tiling.stages,
-    )  # fmt: skip
+    grid = (cdiv(columns, tiling.depth) * cdiv(depth, tiling.columns), experts, 1)
+    operands, numbers = (dy, x, out, offsets), (columns, depth, dy.stride(0), x.stride(0))
+    constants = {
+        "BLOCK_M": tiling.rows, "BLOCK_N": tiling.depth, "BLOCK_K": tiling.columns, "TMA": tma,
+        "PRECISION": _precision(wide), "num_warps": tiling.warps, "num_stages": tiling.stages,
+    }  # fmt: skip
+    if tma:  # with scratch memory
+        grouped_columns[grid](*operands, *numbers, **constants)
+    else:
+        _columns(grid, operands, numbers, **constants)
     return out

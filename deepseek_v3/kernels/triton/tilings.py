@@ -77,6 +77,12 @@ FEW = Tiling(rows=16, columns=64, depth=128, stages=4, warps=4)
 FEW_SWIGLU = Tiling(rows=16, columns=64, depth=128, stages=3, warps=4)
 # Float32 and cards before Hopper: no asynchronous products, less shared memory.
 PLAIN = Tiling(rows=32, columns=32, depth=32, stages=2, warps=4)
+# Float32, where no tensor core serves: a side as short as a low rank, or a short sum. Of the weight gradient, "depth"
+# is the tile's height.
+SHORT_ROWS = Tiling(rows=128, columns=16, depth=32, stages=3, warps=4)
+SHORT_SUMS = Tiling(rows=64, columns=64, depth=16, stages=3, warps=4)
+SHORT_COLUMNS = Tiling(rows=64, columns=16, depth=32, stages=3, warps=4)
+SHORT = 16
 WGRAD = Sweep()
 
 SINGLE = Stretch(rows=4, warps=4)
