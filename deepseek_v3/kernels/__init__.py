@@ -15,10 +15,9 @@ from .fp8_training import (
     swiglu_backward_codes,
     swiglu_forward_codes,
 )
-from .gate import silu_gate
 from .grouped import grouped_gemm, grouped_wgrad
 from .grouped_fp8 import grouped_fp8_gemm, grouped_fp8_wgrad, quantize_grouped_transposed
-from .heads import join_keys, rotate_queries
+from .heads import join_keys, rotate_queries, rotate_queries_
 from .mla import mla_decode
 from .norm import rms_norm, rotate, write_latents
 from .norm_training import joined_rms_norm
@@ -76,12 +75,12 @@ __all__ = [
     "rope_angles",
     "rotate",
     "rotate_queries",
+    "rotate_queries_",
     "route",
     "Router",
     "SingleAttention",
     "SingleExperts",
     "SingleMLP",
-    "silu_gate",
     "sort_pairs",
     "swiglu",
     "swiglu_backward",

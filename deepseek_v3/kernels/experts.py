@@ -222,7 +222,11 @@ def experts_forward(
         return out.view(hidden_states.shape)
     order, inverse, offsets = sort_pairs(top_k_index, gate_up.shape[0], backend=backend)
     x = gather_pairs(hidden, order, inverse, offsets, backend=backend)
-    gate, up = grouped_gemm(x, gate_up, offsets, backend=backend).chunk(2, dim=-1)
-    act = swiglu(gate, up, backend=backend) if is_silu(self.act_fn) else self.act_fn(gate) * up
+    both = grouped_gemm(x, gate_up, offsets, backend=backend)
+    if is_silu(self.act_fn):
+        act = swiglu(both, backend=backend)
+    else:
+        gate, up = both.chunk(2, dim=-1)
+        act = self.act_fn(gate) * up
     y = grouped_gemm(act, down, offsets, backend=backend)
     return combine_pairs(y, inverse, offsets, top_k_weights, backend=backend).view(hidden_states.shape)

@@ -53,6 +53,19 @@ def _rotate(q, cos, sin, interleave, back, backend):
     return launch(_dense(q), *_angles(cos, sin, q.shape[0]), interleave, back)
 
 
+@dispatch.define(
+    "rotate_queries_(Tensor(a!) q, Tensor cos, Tensor sin, bool interleave, str backend) -> ()",
+    lambda *arguments: None,
+)
+def _rotate_in_place(q, cos, sin, interleave, backend):
+    if not _is_triton(backend, q):
+        q.copy_(reference.rotate_queries(q, cos, sin, interleave))
+        return
+    from .triton.launch_heads import rotate_queries_ as launch
+
+    launch(q, *_angles(cos, sin, q.shape[0]), interleave)
+
+
 def _join_fake(kv, rope, nope, backend):
     batch, tokens, heads, width = kv.shape
     return (
@@ -132,9 +145,29 @@ def rotate_queries(
     Raises:
         ValueError: shapes that do not fit. RuntimeError: a backend asked for that cannot run here.
     """
+    _check_queries(q, cos, sin)
+    return _RotateQueries.apply(q, cos, sin, interleave, backend)
+
+
+def _check_queries(q: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
     if q.dim() != 4 or cos.shape != sin.shape or cos.shape[1] != q.shape[1] or cos.shape[2] > q.shape[3]:
         raise ValueError(f"q {tuple(q.shape)} must be [B, T, H, N + R] and cos, sin [B, T, R], got {tuple(cos.shape)}")
-    return _RotateQueries.apply(q, cos, sin, interleave, backend)
+
+
+def rotate_queries_(
+    q: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, interleave: bool = True, backend: str = "auto"
+) -> torch.Tensor:
+    """``rotate_queries`` in place, which moves a third of the bytes; returns q.
+
+    Raises:
+        ValueError: shapes that do not fit, rows that are not dense, a gradient is wanted.
+        RuntimeError: a backend asked for that cannot run here.
+    """
+    _check_queries(q, cos, sin)
+    if q.stride(-1) != 1 or (torch.is_grad_enabled() and q.requires_grad):
+        raise ValueError("rotate_queries_ takes dense rows, and has no gradient; use rotate_queries")
+    dispatch.ops.rotate_queries_(q, cos, sin, interleave, backend)
+    return q
 
 
 def join_keys(

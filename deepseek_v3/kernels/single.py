@@ -26,7 +26,7 @@ def _reasons(device: torch.device) -> dispatch.Reasons:
 dispatch.OPERATIONS[OPERATION] = _reasons
 
 # What is joined here: who asks for a back end of one of these gets them one by one.
-JOINED = ("mla_decode", "decode_step", "norm_rope", "experts_decode", "route")
+JOINED = (OPERATION, "mla_decode", "decode_step", "norm_rope", "experts_decode", "route")
 
 
 def is_single(x: torch.Tensor) -> bool:
@@ -76,7 +76,7 @@ class Router(NamedTuple):
 
 
 class _Single:
-    """What the objects share: the check of the token, and the choice of a back end, made when anything changes."""
+    """What the objects share: the check of the token, and the choice of a back end, made once."""
 
     def __init__(self, weights: tuple[torch.Tensor | None, ...], backend: str) -> None:
         self._held, self._backend = [weight for weight in weights if weight is not None], backend
@@ -91,7 +91,7 @@ class _Single:
             raise ValueError(
                 f"{OPERATION} takes one token [1, 1, D] of {self.dtype}, got {tuple(x.shape)} of {x.dtype}"
             )
-        key = (os.environ.get(dispatch.ENVIRONMENT), x.device, None if latent is None else latent.dtype)
+        key = (x.device, None if latent is None else latent.dtype)
         chosen = self._chosen.get(key)
         if chosen is None:
             reasons = _reasons(x.device)
@@ -157,6 +157,7 @@ class SingleAttention(_Single):
         slots: torch.Tensor,
         *,
         scale: torch.Tensor | None = None,
+        used: int | None = None,
         lengths: torch.Tensor | None = None,
         starts: torch.Tensor | None = None,
         sliding_window: int | None = None,
@@ -168,6 +169,7 @@ class SingleAttention(_Single):
                 ``write_latents``.
             angles: cos and sin [1, 1, R].
             slots: integer [1, 1], where the token goes.
+            used: how many of the S slots hold something, the new token's among them; None for all.
             lengths, starts, sliding_window: as for ``mla_decode``.
 
         Returns:
@@ -179,14 +181,17 @@ class SingleAttention(_Single):
         kv_a = self._weights.kv_a
         if latent.shape[0] != 1 or latent.shape[2] + rope.shape[2] != kv_a.shape[0] or slots.numel() != 1:
             check_write(latent, rope, kv_a[:, :1].view(1, 1, -1), slots, scale)
-        arguments = (latent, rope, scale, *angles, slots, lengths, starts, sliding_window)
+        used = latent.shape[1] if used is None else used
+        more = (*angles, slots, lengths, starts, sliding_window)
         if not self._is_triton(x, latent, rope):
-            return reference.attention(x, self._weights, *self._options, *arguments)
+            coded = None if scale is None else scale[:, :used]
+            cache = (latent[:, :used], rope[:, :used], coded)
+            return reference.attention(x, self._weights, *self._options, *cache, *more)
         if self._launches is None:
             from .triton.launch_single import Attention
 
             self._launches = dispatch.guarded(Attention(self._weights, *self._options))
-        return self._launches(x.contiguous(), *arguments)
+        return self._launches(x.contiguous(), latent, rope, scale, used, *more)
 
 
 class SingleMLP(_Single):

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.import_utils import is_torchdynamo_compiling
 
 from ..kernels import (
     absorb_outputs,
@@ -23,6 +24,7 @@ from ..kernels import (
     mla_decode,
     norm_and_write,
     rotate_queries,
+    rotate_queries_,
     write_latents,
 )
 from ..quantization import FP8Linear
@@ -373,8 +375,16 @@ class DeepseekV3Attention(nn.Module):
         nope, _, value = self._split
         latent, k_rope = latents
         expanded = expanded.view(*latent[:, 0].shape[:2], -1, nope + value)
-        k, v = join_keys(expanded, k_rope[:, 0], nope)
-        q = rotate_queries(query.transpose(1, 2), *angles, interleave=self._interleave)
+        if torch.is_grad_enabled():
+            k, v = join_keys(expanded, k_rope[:, 0], nope)
+        else:
+            # The values may stay where they are; as they lie, a gradient would be joined to the keys' again.
+            k, v = join_keys(expanded[..., :nope], k_rope[:, 0], nope)[0], expanded[..., nope:]
+        # What a bare projection gave is nobody else's.
+        up = self._modules["q_b_proj" if self._low_rank_query else "q_proj"]
+        own = not torch.is_grad_enabled() and not is_torchdynamo_compiling() and is_bare(up, nn.Linear)  # type: ignore[arg-type]
+        rotate = rotate_queries_ if own else rotate_queries
+        q = rotate(query.transpose(1, 2), *angles, interleave=self._interleave)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def _attend(

@@ -101,8 +101,13 @@ class LatentCache(DynamicCache):
         for layer in self.layers:
             layer.expected = tokens  # type: ignore[attr-defined]
 
-    def extension(self, batch: int, tokens: int, layer_idx: int, dtype: torch.dtype) -> Extension | None:
-        """Where `tokens` new ones of each sequence go, for `extend`; None where only `update` can write them."""
+    def extension(
+        self, batch: int, tokens: int, layer_idx: int, dtype: torch.dtype, counted: torch.Tensor | None = None
+    ) -> Extension | None:
+        """Where `tokens` new ones of each sequence go, for `extend`; None where only `update` can write them.
+
+        counted: [1, T], the new tokens' numbers in their sequence, if there is such a tensor.
+        """
         layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
         if self.offloading or layer is None or not layer.is_initialized or layer.dtype != dtype:
             return None
@@ -111,6 +116,8 @@ class LatentCache(DynamicCache):
             return Extension(self._rows.slots - first, self._rows.extent, first=first)
         seen, first = layer.get_seq_length(), layer.get_mask_sizes(tokens)[1]
         if isinstance(seen, int):
+            if counted is not None and first == 0:
+                return Extension(counted.expand(batch, -1), seen + tokens)
             slots = torch.arange(seen - first, seen - first + tokens, device=layer.device)
             return Extension(slots.expand(batch, -1), seen + tokens, first=first)
         slots = torch.arange(tokens, device=layer.device) + seen
@@ -122,6 +129,10 @@ class LatentCache(DynamicCache):
         What lies in other slots than a row's own is not cleared: only a kernel that reads none of them may follow.
         """
         return self.layers[layer_idx].extend(extension)  # type: ignore[attr-defined]
+
+    def opened(self, layer_idx: int, extension: Extension) -> tuple[Latents, int]:
+        """As `extend`, and how many slots of the views count: they are the same ones at every step, where they can."""
+        return self.layers[layer_idx].opened(extension)  # type: ignore[attr-defined]
 
     def hold(self, slot: int | None) -> None:
         """Let a window drop nothing that a token in `slot` or later may see, for rows that are behind; None for what

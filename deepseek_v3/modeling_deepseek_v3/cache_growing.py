@@ -29,6 +29,7 @@ class LatentLayer(StoredLayer):
     def __init__(self, coded: bool = False, window: int | None = None, **kwargs: Any) -> None:
         super().__init__(coded, window)
         self._length = 0
+        self._views: tuple[torch.Tensor, Latents] | None = None  # of the storage that they were made for
         self.origin = 0
         self.place: torch.Tensor | None = None  # origin on the device, where a replayed step reads it; windows alone
         self.expected = 0  # tokens that the sequence may come to
@@ -124,6 +125,20 @@ class LatentLayer(StoredLayer):
             storage = storage[:, extension.first - self.origin : self._length - self.origin]
         return self.format.parts(storage)
 
+    def opened(self, extension: Extension) -> tuple[Latents, int]:
+        """As `extend`, with views of the whole storage where they begin with the same slot, and how many slots of the
+        views count."""
+        if extension.first != self.origin and not extension.whole:
+            held = self.extend(extension)
+            return held, held.latent.shape[1]
+        assert extension.extent is not None
+        self.count(extension.extent)
+        storage = self._storage
+        assert storage is not None
+        if self._views is None or self._views[0] is not storage:
+            self._views = storage, self.format.parts(storage[:, 0])
+        return self._views[1], storage.shape[2] if extension.whole else self._length - self.origin
+
     def count(self, extent: int) -> None:
         """Make room for `extent` tokens and count them all, whatever their slots hold."""
         self.reserve(extent)
@@ -207,7 +222,7 @@ class LatentLayer(StoredLayer):
 
     def reset(self) -> None:
         """Forget every token, and the storage with them: the next sequence may have another batch size."""
-        self._storage, self._length, self.origin, self.is_initialized = None, 0, 0, False
+        self._storage, self._views, self._length, self.origin, self.is_initialized = None, None, 0, 0, False
 
 
 def _frozen(tensor: torch.Tensor) -> bool:

@@ -192,6 +192,10 @@ class StaticLatentLayer(StoredLayer):
             self.settle(extension.extent)
         return self.format.parts(self._storage[:, 0])
 
+    def opened(self, extension: Extension) -> tuple[Latents, int]:
+        """As of `LatentLayer`; every slot counts."""
+        return self.extend(extension), self.max_cache_len
+
     def settle(self, length: int) -> None:
         """Say how many slots count from now on, after rows were written at their own places."""
         self.cumulative_length.fill_(length)

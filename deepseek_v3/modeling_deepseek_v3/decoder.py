@@ -84,9 +84,10 @@ class DeepseekV3DecoderLayer(GradientCheckpointingLayer):
         attention = self._steps.attention(self, token.dtype)
         if attention is None:
             return None
-        held, slots = cache.extend(self.self_attn.layer_idx, spans.extension), spans.extension.slots
+        held, used = cache.opened(self.self_attn.layer_idx, spans.extension)
         seen: Any = {"lengths": spans.lengths, "starts": spans.starts, "sliding_window": spans.window}
-        token = attention(token, held.latent, held.rope, angles, slots, scale=held.scale, **seen)
+        where = (held.latent, held.rope, angles, spans.extension.slots)
+        token = attention(token, *where, scale=held.scale, used=used, **seen)
         mlp = self._steps.mlp(self, token.dtype)
         return token + self.mlp(self.post_attention_layernorm(token)) if mlp is None else mlp(token)
 

@@ -4,6 +4,7 @@ Letters: B batch, T tokens, S cached tokens, D hidden.
 """
 
 import copy
+from itertools import islice
 from typing import Any
 
 import torch
@@ -103,7 +104,7 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel):
     @property
     def mtp_layers(self) -> list[DeepseekV3MTPLayer]:
         """The MTP modules, depth 1 first; empty where the model has none."""
-        return list(self.layers[self.config.num_hidden_layers :])  # type: ignore[arg-type]
+        return list(islice(self.layers, self.config.num_hidden_layers, None))  # type: ignore[arg-type]
 
     def routers(self) -> dict[int, DeepseekV3TopkRouter]:
         """Router by layer index, MTP modules included."""
@@ -157,7 +158,9 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel):
         if mla_spans is not None:
             hidden_states, balance_loss = self._step(embeds, positions, past_key_values, mla_spans), None
         else:
-            form, mask, spans = self.mask(embeds, attention_mask, positions, past_key_values, form=mla_form)
+            counted = positions if position_ids is None else None
+            given = (embeds, attention_mask, positions, past_key_values)
+            form, mask, spans = self.mask(*given, form=mla_form, counted=counted)
             hidden_states, balance_loss = self.run_layers(
                 embeds,
                 wanted=router_statistics or self.training,
@@ -208,7 +211,7 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel):
         The experts' load is counted here, outside of what activation checkpointing runs twice.
         """
         total = None
-        for layer in self.layers[: self.config.num_hidden_layers]:
+        for layer in islice(self.layers, self.config.num_hidden_layers):
             hidden_states = layer(hidden_states, router_statistics=wanted, token_mask=token_mask, **kwargs)
             if wanted:
                 hidden_states, balance_loss, load = hidden_states
@@ -226,9 +229,10 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel):
         past_key_values: Cache | None,
         layer_idx: int = 0,
         form: str | None = None,
+        counted: torch.Tensor | None = None,
     ) -> tuple[str, Any, Spans | None]:
         """The form of attention for this forward, the mask that it takes, and where the decode kernel serves it, what
-        the mask shows."""
+        the mask shows. counted: as of `LatentCache.extension`; `position_ids` then says nothing of documents."""
         length = inputs_embeds.shape[1]
         keys, first = length, 0
         if past_key_values is not None:
@@ -239,7 +243,7 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel):
         few = few and on_kernels(inputs_embeds) and self.config._attn_implementation != "eager"
         grows = isinstance(past_key_values, LatentCache) and past_key_values.max_cache_len is None
         if few and grows and attention_mask is None and length == 1:
-            place = past_key_values.extension(len(inputs_embeds), 1, layer_idx, inputs_embeds.dtype)
+            place = past_key_values.extension(len(inputs_embeds), 1, layer_idx, inputs_embeds.dtype, counted)
             return form, None, Spans(None, None, place)
         config: Any = self.config
         if form == "absorbed" or window is not None:
@@ -254,9 +258,10 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel):
             config=config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            # An empty cache changes no mask, and without one transformers recognises packed documents.
+            # An empty cache changes no mask, and without one transformers recognises packed documents by the
+            # positions, which it reads back from the device: only those that the caller gave.
             past_key_values=None if fresh else past_key_values,
-            position_ids=position_ids,
+            position_ids=position_ids if counted is None else None,
             layer_idx=layer_idx,
         )
         spans = None

@@ -44,8 +44,9 @@ def mtp_hidden_states(
         documents = _documents(position_ids).expand(batch, -1)
     if token_mask is None and attention_mask is not None and attention_mask.dim() == 2:
         token_mask = attention_mask.bool()
+    counted = position_ids is None
     if position_ids is None:
-        position_ids = torch.arange(length, device=inputs_embeds.device).unsqueeze(0)  # type: ignore[assignment]
+        position_ids = torch.arange(length, device=inputs_embeds.device).unsqueeze(0)
     states = []
     for depth, layer in enumerate(model.mtp_layers, start=1):
         rows = length - depth
@@ -57,7 +58,8 @@ def mtp_hidden_states(
             hidden_states[:, :rows],
             inputs_embeds[:, depth:],
             _first(attention_mask, rows),
-            position_ids[:, :rows],  # type: ignore[index]
+            position_ids[:, :rows],
+            counted=position_ids[:, :rows] if counted else None,
             token_mask=_joined(token_mask, documents, depth),
             **kwargs,
         )
@@ -75,15 +77,16 @@ def run_depth(
     position_ids: torch.Tensor,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One MTP module over [B, T, D] states and embeddings: the residual stream before and after `shared_head.norm`."""
+    """One MTP module over [B, T, D] states and embeddings: the residual stream before and after `shared_head.norm`.
+    `counted` among `kwargs`: as of `LatentCache.extension`."""
     step = kwargs.pop("mla_spans", None)
     if step is not None:
         residual = _depth_step(model, layer, (previous, inputs_embeds, position_ids), kwargs["past_key_values"], step)
         return residual, layer.shared_head.norm(residual)
     past_key_values, layer_idx = kwargs.get("past_key_values"), layer.self_attn.layer_idx
-    form, mask, spans = model.mask(
-        previous, attention_mask, position_ids, past_key_values, layer_idx=layer_idx, form=kwargs.pop("mla_form", None)
-    )
+    given = (previous, attention_mask, position_ids, past_key_values, layer_idx)
+    form, counted = kwargs.pop("mla_form", None), kwargs.pop("counted", None)
+    form, mask, spans = model.mask(*given, form=form, counted=counted)
     residual, normed, load = layer(
         previous,
         inputs_embeds,

@@ -43,9 +43,16 @@ class DeepseekV3RotaryEmbedding(nn.Module):
         exponent = torch.arange(0, dim, 2, dtype=torch.float, device=device) / dim
         return 1.0 / (config.rope_parameters["rope_theta"] ** exponent), 1.0
 
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        grows = "dynamic" in self.rope_type or self.rope_type == "longrope"
+        return self._updated(x, position_ids) if grows else self._angles(x, position_ids)
+
     @torch.no_grad()
     @dynamic_rope_update
-    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _updated(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._angles(x, position_ids)
+
+    def _angles(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if on_kernels(x):
             return rope_angles(position_ids, self.inv_freq, self.attention_scaling, x.dtype)
         angles = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)

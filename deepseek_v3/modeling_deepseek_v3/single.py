@@ -4,6 +4,7 @@ Special about it: modules are read instead of called, which holds only while not
 them. That is looked at before every step, cheaply; what the objects hold is looked at when they are made.
 """
 
+import operator
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,8 @@ from ..kernels import AttentionWeights, Norm, SingleAttention, SingleExperts, Si
 from .attention import DeepseekV3Attention
 from .layers import DeepseekV3MLP, DeepseekV3RMSNorm, is_bare
 from .moe import DeepseekV3Experts, DeepseekV3MoE, DeepseekV3TopkRouter
+
+_HAS_FORWARD = operator.methodcaller("__contains__", "forward")  # accelerate puts its own into a module's dictionary
 
 
 class Part(NamedTuple):
@@ -27,13 +30,14 @@ class Lent:
     """Modules that are read as their weights, and whether they still may be."""
 
     def __init__(self, parts: list[Part]) -> None:
-        self._modules: list[tuple[Any, ...]] = []
-        self._weights: list[tuple[Any, ...]] = []
-        for places, name, kind in parts:
-            module: Any = places[name]
-            self._modules.append((places, name, module, kind, module.__dict__))
-            for held in (module._parameters, module._buffers):
-                self._weights += [(held, key, x, x.data_ptr()) for key, x in held.items() if x is not None]
+        modules: list[Any] = [places[name] for places, name, _ in parts]
+        self._places, self._modules = [(places, name) for places, name, _ in parts], modules
+        self._kinds, self._owns = [part.kind for part in parts], [module.__dict__ for module in modules]
+        self._hooks = [own[name] for own in self._owns for name in ("_forward_hooks", "_forward_pre_hooks")]
+        stores = [store for module in modules for store in (module._parameters, module._buffers)]
+        self._stores = [(store, name) for store in stores for name, x in store.items() if x is not None]
+        self._weights = [store[name] for store, name in self._stores]
+        self._addresses = [x.data_ptr() for x in self._weights]
 
     @classmethod
     def of(cls, parts: list[Part], dtype: torch.dtype) -> "Lent | None":
@@ -47,16 +51,14 @@ class Lent:
         return cls(parts)
 
     def stands(self) -> bool:
-        """Whether every module is still itself and bare, and every weight still where it was."""
-        for places, name, module, kind, own in self._modules:
-            if places.get(name) is not module or type(module) is not kind or "forward" in own:
-                return False
-            if own["_forward_hooks"] or own["_forward_pre_hooks"]:
-                return False
-        for held, key, weight, address in self._weights:
-            if held.get(key) is not weight or weight.data_ptr() != address:
-                return False
-        return True
+        """Whether every module is still itself and bare, and every weight still where it was. Asked twice a layer at
+        every step: nothing here loops in Python over more than it must."""
+        if any(self._hooks) or any(map(_HAS_FORWARD, self._owns)) or list(map(type, self._modules)) != self._kinds:
+            return False
+        modules = [places.get(name) for places, name in self._places]
+        weights = [store.get(name) for store, name in self._stores]
+        same = all(map(operator.is_, modules, self._modules)) and all(map(operator.is_, weights, self._weights))
+        return same and [x.data_ptr() for x in self._weights] == self._addresses
 
 
 class Steps:

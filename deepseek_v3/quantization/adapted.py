@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from ..kernels import combine_pairs, gather_pairs, grouped_gemm, grouped_wgrad, is_silu, silu_gate, sort_pairs
+from ..kernels import combine_pairs, gather_pairs, grouped_gemm, grouped_wgrad, is_silu, sort_pairs, swiglu
 
 # The matrices [e, N, K] in a dtype, of all experts or of some, and the offsets [e + 1] of their rows.
 Widen = Callable[[torch.dtype], tuple[torch.Tensor, torch.Tensor]]
@@ -151,7 +151,7 @@ def frozen_experts(
 def _gated(both: torch.Tensor, act_fn: Callable) -> torch.Tensor:
     """act(gate) * up of both side by side [P, 2F] to [P, F], in float32 up to the result."""
     if is_silu(act_fn):
-        return silu_gate(both)
+        return swiglu(both)
     gate, up = _wide(both).chunk(2, dim=-1)
     return (act_fn(gate) * up).to(both.dtype)
 

@@ -56,7 +56,8 @@ def test_every_number_is_its_code_times_its_blocks_maximum(target, numbers, nest
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 def test_it_is_what_bitsandbytes_widens(target, kind):
-    matrix = torch.randn(96, 160)
+    # Whole blocks a row: with AVX-512 the CPU build of bitsandbytes takes no others.
+    matrix = torch.randn(96, 192)
     codes, state = functional.quantize_4bit(matrix, quant_type=kind, compress_statistics=True)
     expected = functional.dequantize_4bit(codes, state)
     inner = (state.state2.absmax[None], state.offset[None], state.state2.code)

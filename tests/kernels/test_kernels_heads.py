@@ -5,7 +5,7 @@ import torch
 from test_kernels_norm import angles, close, rotate_truth
 from torch.library import opcheck
 
-from deepseek_v3.kernels import join_keys, rotate_queries
+from deepseek_v3.kernels import join_keys, rotate_queries, rotate_queries_
 
 SHAPES = [(1, 1, 1, 128, 64, 128), (2, 3, 5, 6, 4, 10), (1, 5, 33, 16, 2, 16), (2, 2, 16, 0, 8, 3)]
 
@@ -37,6 +37,16 @@ def test_rotated_queries_and_their_gradient(target, batch, tokens, heads, nope, 
     expected.backward(grad.double())
     got.backward(grad.to(target.device))
     close(given[0].grad, exact.grad, target.dtype)
+
+
+@pytest.mark.parametrize("interleave", [True, False])
+@pytest.mark.parametrize("batch, tokens, heads, nope, width, value", SHAPES)
+def test_rotated_in_place(target, batch, tokens, heads, nope, width, value, interleave):
+    q = strided(batch, tokens, heads, nope + width, dtype=target.dtype).to(target.device)
+    cos, sin = (x.to(target.device) for x in angles(1, tokens, width, target.dtype))
+    wanted = rotate_queries(q, cos, sin, interleave=interleave, backend=target.backend)
+    assert rotate_queries_(q, cos, sin, interleave=interleave, backend=target.backend) is q
+    assert torch.equal(q, wanted)
 
 
 @pytest.mark.parametrize("batch, tokens, heads, nope, width, value", SHAPES)
@@ -74,6 +84,7 @@ def test_operations_have_fakes(target):
     ops, b = torch.ops.deepseek_v3, target.backend
     for operation, arguments in {
         ops.rotate_queries: (q, cos, sin, True, False, b),
+        ops.rotate_queries_: (q.detach().clone(), cos, sin, True, b),
         ops.join_keys: (q, rope, 8, b),
         ops.join_keys_backward: (q, q[..., :5], 8, b),
     }.items():

@@ -111,6 +111,56 @@ def test_numbers_without_end_are_not_kept(card, monkeypatch):
     assert len(launch._found) == 3
 
 
+def test_a_bound_launch_hands_over_addresses_and_looks_nothing_up(card):
+    kernel = Kernel()
+    fixed, x, y = torch.zeros(16), torch.zeros(16), torch.zeros(16)
+    bound = launching.Bound(launching.Launcher(kernel), (fixed,), (7,), BLOCK=64)
+    bound((2, 3, 1), (x,), (100,))
+    card.get_current_device = None  # not asked again
+    bound((4, 3, 1), (y,), (101,))
+    ((grid, arguments, constants),) = kernel.looked
+    assert grid == (2, 3, 1) and arguments[0] is fixed and arguments[1] is x and constants == {"BLOCK": 64}
+    (seen,) = kernel.launched
+    assert seen[:6] == (4, 3, 1, "stream of 0", "function", "packed") and seen[6:9] == (None, None, None)
+    assert seen[9:] == (fixed.data_ptr(), y.data_ptr(), 7, 101, None)
+
+
+def test_a_bound_launch_without_memory_of_its_own_goes_straight_to_the_driver(card, monkeypatch):
+    class Run:
+        global_scratch_size = profile_scratch_size = 0
+        launch_cooperative_grid = launch_pdl = False
+        launch = None
+
+    kernel, seen = Kernel(), []
+    Run.launch = staticmethod(lambda *arguments: seen.append(arguments))
+    monkeypatch.setattr(Compiled, "__init__", lambda self, log: setattr(self, "run", Run))
+    bound = launching.Bound(launching.Launcher(kernel), (None,), (7,), BLOCK=64)
+    for _ in range(2):
+        bound((1, 1, 1), (None,), (5,))
+    head = (1, 1, 1, "stream of 0", "function", False, False, None, None, "packed", None, None, None)
+    assert seen == [(*head, None, None, 7, 5, None)]
+
+
+def test_a_bound_launch_trusts_no_tensor_at_an_odd_address(card):
+    kernel = Kernel()
+    x = torch.zeros(17)
+    bound = launching.Bound(launching.Launcher(kernel), (x[:16],), (7,), BLOCK=64)
+    bound((1, 1, 1), (x[1:],), (5,), False)
+    bound((1, 1, 1), (x[:16],), (5,))
+    assert len(kernel.looked) == 2
+    bound((1, 1, 1), (x[1:],), (5,), False)
+    bound((1, 1, 1), (x[:16],), (5,))
+    assert len(kernel.looked) == 2 and kernel.launched[0][10] is not None
+    assert kernel.launched[0][10].data_ptr() == x[1:].data_ptr() and kernel.launched[1][10] == x.data_ptr()
+    with_hook = knobs.runtime.launch_enter_hook
+    with_hook.add(print)
+    try:
+        bound((1, 1, 1), (x[:16],), (5,))
+    finally:
+        with_hook.remove(print)
+    assert len(kernel.looked) == 3
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 16, 17, 1024, 1025])
 def test_sizes(size):
     assert launching.next_power_of_2(size) == min(2**i for i in range(12) if 2**i >= size)

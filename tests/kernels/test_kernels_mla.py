@@ -11,7 +11,7 @@ from torch.library import opcheck
 
 from deepseek_v3 import kernels
 from deepseek_v3.kernels import dispatch, mla_decode, quantize_activation
-from deepseek_v3.kernels.mla import _shape_reason
+from deepseek_v3.kernels.mla import shape_reason
 
 
 def truth(q_latent, q_rope, latent, rope, scale, lengths, starts, window):
@@ -400,7 +400,7 @@ def test_slots_too_far_apart_for_32_bits_are_refused():
     def reason(stride):
         latent, rope = (torch.empty_strided((2, 4, n), (n, stride, 1), device="meta") for n in (512, 64))
         q = torch.empty(2, 1, 16, 512, dtype=torch.bfloat16, device="meta")
-        return _shape_reason(q, rope, latent)
+        return shape_reason(q, rope, latent)
 
     assert reason((1 << 25) - 1) is None and "contiguous" in reason(1 << 25)
 
@@ -442,6 +442,6 @@ def test_cards_without_fp8_read_fp8_latents_through_torch(monkeypatch, card, wor
         rope = torch.empty(1, 8, 64, dtype=torch.bfloat16, device="cuda")
         codes = torch.empty(1, 8, 512, dtype=torch.float8_e4m3fn, device="cuda")
         wide = torch.empty(1, 8, 512, dtype=torch.bfloat16, device="cuda")
-    assert _shape_reason(queries, rope, wide) is None
-    found = _shape_reason(queries, rope, codes)
+    assert shape_reason(queries, rope, wide) is None
+    found = shape_reason(queries, rope, codes)
     assert found is None if words is None else found.startswith(words)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from deepseek_v3.kernels import rms_norm, rotate, swiglu, write_latents
+from deepseek_v3.kernels import rms_norm, rotate, write_latents
 
 
 def tolerance(dtype):
@@ -130,7 +130,7 @@ def test_operations_have_fakes(target):
     for operation, arguments in {
         ops.rms_norm: (x, weight, 1e-6, x.clone(), b),
         ops.rotate: (x[:, None, :, :16], cos, sin, True, b),
-        ops.swiglu: (*torch.cat((x, x), -1).chunk(2, -1), b),
+        ops.swiglu: (*torch.cat((x, x), -1).chunk(2, -1), x, b),
         ops.write_latents_: (
             cache, cache.new_zeros(2, 5, 16), torch.cat((x, x[..., :16]), -1), weight, 1e-6, cos, sin, slots,
             True, None, b,
@@ -170,24 +170,3 @@ def write(slots, rank=4, grad=False, dtype=torch.float32, scale=None):
     turn = torch.ones(1, 1, 2)
     latent, rope = torch.ones(1, 3, rank).to(dtype), torch.ones(1, 3, 2)
     write_latents(latent, rope, compressed, torch.ones(rank), turn, turn, slots, scale=scale)
-
-
-@pytest.mark.parametrize("shape, halves", [((3, 40), True), ((2, 5, 300), False), ((1, 2100), True)])
-def test_swiglu(target, shape, halves):
-    both = (torch.randn(*shape[:-1], 2 * shape[-1]) * 3).to(target.dtype).to(target.device)
-    gate, up = both.chunk(2, -1)
-    if not halves:
-        gate, up = gate.contiguous(), up.contiguous()
-    wide = gate.cpu().double()
-    truth = (wide / (1 + (-wide).exp())).to(target.dtype).double() * up.cpu().double()
-    got = swiglu(gate, up, backend=target.backend)
-    assert got.is_contiguous() and got.dtype == target.dtype and got.shape == gate.shape
-    assert torch.allclose(got.cpu().double(), truth, rtol={torch.float32: 1e-6}.get(target.dtype, 8e-3), atol=1e-6)
-
-
-def test_swiglu_has_torchs_gradient():
-    gate, up = (torch.randn(3, 8, requires_grad=True) for _ in range(2))
-    swiglu(gate, up).sum().backward()
-    assert torch.allclose(up.grad, gate.detach() * gate.detach().sigmoid()) and gate.grad.abs().sum() > 0
-    with pytest.raises(RuntimeError, match="no gradient"):
-        swiglu(gate, up, backend="triton")

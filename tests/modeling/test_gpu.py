@@ -1,5 +1,7 @@
 """The model on a GPU, where the kernels serve it, against itself on the CPU."""
 
+import copy
+
 import pytest
 import torch
 
@@ -97,3 +99,44 @@ def test_steps_are_replayed_where_nothing_forbids_it(pair, tokens, monkeypatch):
     monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: replays.append(1) or replay(graph))
     pair[1].generate(tokens.to("cuda"), max_new_tokens=20, do_sample=False, eos_token_id=None)
     assert len(replays) == 18
+
+
+@pytest.mark.parametrize("kind", [{}, {"dtype": "float8_e4m3fn"}, {"sliding_window": 20}])
+def test_a_single_sequence_decodes_alike_replayed_or_not(pair, tokens, kind):
+    for dtype in (torch.float32, torch.bfloat16):
+        gpu, prompt = pair[1].to(dtype), tokens[:1].to("cuda")
+        kwargs = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None, "cache_config": kind or None}
+        plain = gpu.generate(prompt, disable_compile=True, **kwargs)
+        assert torch.equal(gpu.generate(prompt, **kwargs), plain), dtype
+
+
+def test_a_single_sequence_equals_the_cpu(pair, tokens):
+    """In BF16, a step's rounding apart, over the launches that a single token has."""
+    cpu, gpu = pair[0], pair[1].bfloat16()
+    caches = LatentCache(cpu.config), LatentCache(cpu.config)
+    with torch.no_grad():
+        for start, end in ((0, 16), *((i, i + 1) for i in range(16, 24))):
+            wanted = cpu(tokens[:1, start:end], past_key_values=caches[0]).logits
+            got = gpu(tokens[:1, start:end].to("cuda"), past_key_values=caches[1]).logits
+            similar = torch.nn.functional.cosine_similarity(got.float().cpu(), wanted, dim=-1)
+            assert similar.median() > 0.99, (start, similar)
+    layers = gpu.model.layers[: cpu.config.num_hidden_layers]
+    assert all(layer._steps._attention is not None and layer._steps._mlp is not None for layer in layers)
+
+
+@torch.no_grad()
+def test_a_weight_that_moves_counts_at_once(pair, tokens):
+    """Launches that are bound to addresses see that a parameter has got another."""
+    gpu = pair[1].bfloat16()
+
+    def step(model):
+        cache = LatentCache(model.config)
+        model(tokens[:1].to("cuda"), past_key_values=cache)
+        return model(tokens[:1, :1].to("cuda"), past_key_values=cache).logits
+
+    before = step(gpu)
+    for weight in gpu.model.layers[0].parameters():
+        old, weight.data = weight.data, 2 * weight.data
+        old.zero_()
+    after = step(gpu)
+    assert torch.equal(after, step(copy.deepcopy(gpu))) and not torch.equal(after, before)

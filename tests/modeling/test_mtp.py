@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from transformers import masking_utils
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3DecoderLayer as NativeLayer
 
 from deepseek_v3.modeling_deepseek_v3.mtp import depth_labels
@@ -120,6 +121,17 @@ def test_a_draft_never_sees_past_its_token_and_documents_never_leak(tokens):
     torch.testing.assert_close(packed.logits[:, 10:], second.logits, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(packed.mtp_logits[0][:, :9], first.mtp_logits[0], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(packed.mtp_logits[0][:, 10:], second.mtp_logits[0], rtol=1e-4, atol=1e-5)
+
+
+def test_positions_that_nobody_gave_are_not_searched_for_documents(tokens, monkeypatch):
+    """The search reads from the device, which a training step must not wait for."""
+    searched, search = [], masking_utils.find_packed_sequence_indices
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda p: searched.append(p) or search(p))
+    model = make_model(num_nextn_predict_layers=2).train()
+    model(tokens, labels=tokens, use_cache=False)
+    assert not searched
+    model(tokens, labels=tokens, position_ids=torch.arange(tokens.shape[1])[None], use_cache=False)
+    assert len(searched) == 3
 
 
 def test_labels_across_a_document_border_are_not_learnt(tokens):

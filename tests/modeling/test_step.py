@@ -1,6 +1,9 @@
 """The decode step that a GPU takes, its kernels' torch truths standing in for them: against transformers' own class,
 and against the modules wherever something wraps them."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -113,3 +116,41 @@ def test_steps_over_codes_and_windows_are_those_of_the_modules(kind, padded, len
     # Codes that lie between two numbers fall to either side with the last digit of what they are made of.
     bound = 2e-3 if "dtype" in kind else 1e-5
     assert relative(ours, decoded(made, tokens, 9, together, mask, max_cache_len=length, **kind)) < bound
+
+
+@pytest.mark.parametrize("name", ["self_attn.o_proj", "mlp.experts", "mlp.gate", "mlp.shared_experts.up_proj"])
+@pytest.mark.parametrize("how", ["parameter", "data", "in place", "state dict"])
+def test_weights_that_change_between_steps_count(name, how):
+    tokens = torch.randint(3, 60, (1, 12), generator=torch.Generator().manual_seed(9))
+    made = fused()
+    before = decoded(made, tokens)
+    module = made.model.layers[-1 - len(made.model.mtp_layers)].get_submodule(name)
+    key = "down_proj" if name == "mlp.experts" else "weight"
+    weight = getattr(module, key)
+    changed = weight.detach().flip(0) * 3
+    if how == "parameter":
+        setattr(module, key, nn.Parameter(changed))
+    elif how == "data":
+        weight.data = changed
+    elif how == "in place":
+        with torch.no_grad():
+            weight.copy_(changed)
+    else:
+        module.load_state_dict(module.state_dict() | {key: changed}, assign=True)
+    after, fresh = decoded(made, tokens), fused()
+    fresh.load_state_dict(made.state_dict())
+    assert relative(after, decoded(fresh, tokens)) < 1e-6 < relative(after, before)
+
+
+def test_a_layers_step_is_no_part_of_it():
+    """A copy makes its own, a cast model makes another, and neither is kept alive by the first."""
+    tokens = torch.randint(3, 60, (1, 12), generator=torch.Generator().manual_seed(11))
+    made = fused()
+    wanted = decoded(made, tokens)
+    assert all(layer._steps._attention is not None for layer in made.model.layers[: made.config.num_hidden_layers])
+    other = pickle.loads(pickle.dumps(copy.deepcopy(made)))
+    assert all(layer._steps._attention is None for layer in other.model.layers)
+    assert relative(decoded(other, tokens), wanted) < 1e-6
+    made.double()
+    assert all(layer._steps._attention is None and layer._steps._mlp is None for layer in made.model.layers)
+    assert relative(decoded(made, tokens).float(), wanted) < 1e-5

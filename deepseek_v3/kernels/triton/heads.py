@@ -51,6 +51,31 @@ def rotate_heads(
 
 
 @triton.jit
+def turn_heads(
+    q, cos, sin, heads, nope, half, q_b, q_t, q_h, cos_b, cos_t,
+    INTERLEAVE: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """As `rotate_heads`, in place: of HEADS heads of one token the last 2 half numbers."""
+    t = tl.program_id(0).to(tl.int64)
+    b = tl.program_id(2).to(tl.int64)
+    h = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    lane = tl.arange(0, HALF)
+    place = b * cos_b + t * cos_t + lane
+    c = tl.load(cos + place, mask=lane < half, other=0.0).to(tl.float32)[None, :]
+    s = tl.load(sin + place, mask=lane < half, other=0.0).to(tl.float32)[None, :]
+    mask = (h < heads)[:, None] & (lane < half)[None, :]
+    own = q + b * q_b + t * q_t + h.to(tl.int64)[:, None] * q_h + nope
+    first = tl.load(own + (2 * lane if INTERLEAVE else lane)[None, :], mask=mask, other=0.0).to(tl.float32)
+    second = tl.load(own + (2 * lane + 1 if INTERLEAVE else lane + half)[None, :], mask=mask, other=0.0)
+    second = second.to(tl.float32)
+    # One thread's places are read by another: all are read before any is written.
+    tl.debug_barrier()
+    dtype: tl.constexpr = q.dtype.element_ty
+    tl.store(own + lane[None, :], (first * c - second * s).to(dtype), mask=mask)
+    tl.store(own + half + lane[None, :], (second * c + first * s).to(dtype), mask=mask)
+
+
+@triton.jit
 def join_heads(
     kv, rope, k, v, heads, tokens, nope, width, value, kv_b, kv_t, kv_h, rope_b, rope_t,
     HEADS: tl.constexpr, NOPE: tl.constexpr, WIDTH: tl.constexpr, VALUE: tl.constexpr,

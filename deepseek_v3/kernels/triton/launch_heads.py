@@ -2,7 +2,7 @@
 
 import torch
 
-from .heads import join_heads, rotate_heads, split_heads
+from .heads import join_heads, rotate_heads, split_heads, turn_heads
 from .launching import cdiv, next_power_of_2
 
 HEADS = 16
@@ -21,6 +21,17 @@ def rotate_queries(q, cos, sin, interleave, back):
             HALF=next_power_of_2(half), num_warps=4,
         )  # fmt: skip
     return out
+
+
+def rotate_queries_(q, cos, sin, interleave):
+    """See ``deepseek_v3.kernels.rotate_queries_``."""
+    batch, tokens, heads, width = q.shape
+    half = cos.shape[2] // 2
+    if q.numel():
+        turn_heads[(tokens, cdiv(heads, HEADS), batch)](
+            q, cos, sin, heads, width - 2 * half, half, *q.stride()[:3], *cos.stride()[:2],
+            INTERLEAVE=interleave, HEADS=HEADS, HALF=next_power_of_2(half), num_warps=4,
+        )  # fmt: skip
 
 
 def join_keys(kv, rope, nope):

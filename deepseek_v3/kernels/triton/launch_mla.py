@@ -158,18 +158,6 @@ def tiles_and_splits(tiling, batch, rows, slots, device):
     return tiles, splits_for(tiles * batch, slots, tiling, multiprocessors)
 
 
-def rooms(q_latent, splits):
-    """Where the splits' results go: partial [B, T * H, splits, C] and partial_lse [B, T * H, splits].
-
-    One split is the result itself, in the queries' dtype; several are float32.
-    """
-    batch, queries, heads, rank = q_latent.shape
-    shape = (batch, queries * heads, splits)
-    dtype = torch.float32 if splits > 1 else q_latent.dtype
-    partial = torch.empty(*shape, rank, dtype=dtype, device=q_latent.device)
-    return partial, torch.empty(shape, dtype=torch.float32, device=q_latent.device)
-
-
 def mla_decode(q_latent, q_rope, latent, rope, scale, lengths, starts, latent_scale, sliding_window, tiling=None):
     """See ``deepseek_v3.kernels.mla_decode``; all tensors' last dimensions are dense."""
     batch, queries, heads, rank = q_latent.shape
@@ -184,7 +172,10 @@ def mla_decode(q_latent, q_rope, latent, rope, scale, lengths, starts, latent_sc
         tiling, tiles, splits = plan(q_latent, latent, rope, latent_scale is not None, again)
     else:
         tiles, splits = tiles_and_splits(tiling, batch, rows, latent.shape[1], q_latent.device)
-    partial, partial_lse = rooms(q_latent, splits)
+    # One split is the result itself, in the queries' dtype; several are float32.
+    dtype = torch.float32 if splits > 1 else q_latent.dtype
+    partial = torch.empty(batch, rows, splits, rank, dtype=dtype, device=q_latent.device)
+    partial_lse = torch.empty(batch, rows, splits, dtype=torch.float32, device=q_latent.device)
     if tiling.tma and q_latent.is_cuda:
         triton.set_allocator(scratch)
     coded = () if latent_scale is None else (latent_scale,)

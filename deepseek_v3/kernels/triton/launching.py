@@ -80,15 +80,23 @@ class Launcher:
 
 
 class Bound:
-    """A launch with fixed numbers and constants on one device: nothing is looked up from the second time on.
+    """A launch of which some tensors, the numbers, the constants and the GPU stay the same: from the second time on
+    nothing is looked up, and addresses go to the driver instead of tensors.
 
-    `sure` says that each tensor has the dtype that it had in the first call, and like then an address of whole 16
-    bytes.
+    launcher: of the kernel, whose first tensors are `fixed`; they must stay where they are.
     """
 
-    def __init__(self, launcher: Launcher, numbers: tuple[float, ...] = (), **constants: Any) -> None:
-        self._launcher, self._numbers, self._constants = launcher, numbers, constants
-        self._found: tuple | None = None
+    def __init__(
+        self,
+        launcher: Launcher,
+        fixed: tuple[torch.Tensor | None, ...] = (),
+        numbers: tuple[float, ...] = (),
+        **constants: Any,
+    ) -> None:
+        self._launcher, self._fixed, self._numbers, self._constants = launcher, fixed, numbers, constants
+        self._addresses = tuple(None if x is None else x.data_ptr() for x in fixed)
+        self._run: Any = None
+        self._before: tuple[Any, ...] = ()
 
     def __call__(
         self,
@@ -97,15 +105,31 @@ class Bound:
         changing: tuple[int, ...] = (),
         sure: bool = True,
     ) -> None:
-        """Launch over `grid`; `changing` as of a `Launcher`."""
-        launcher, found = self._launcher, self._found
-        if launcher.watched():
-            launcher.kernel[grid](*tensors, *self._numbers, *changing, **self._constants)
-        elif found is None or not sure:
-            known = launcher._launch(grid, tensors, self._numbers, changing, self._constants)
-            self._found = known if sure else found
+        """Launch over `grid`; `changing` as of a `Launcher`.
+
+        sure: each tensor has the dtype that it had in the first such call, and an address of whole 16 bytes.
+        """
+        launcher, run = self._launcher, self._run
+        if run is None or not sure or launcher.watched():
+            every = (*self._fixed, *tensors)
+            if launcher.watched():
+                launcher.kernel[grid](*every, *self._numbers, *changing, **self._constants)
+                return
+            found = launcher._launch(grid, every, self._numbers, changing, self._constants)
+            if sure and found is not None:
+                self._bind(*found)
+            return
+        addresses = [None if x is None else x.data_ptr() for x in tensors]
+        stream = self._stream(self._device)
+        run(*grid, stream, *self._before, *self._addresses, *addresses, *self._numbers, *changing, *self._blanks)
+
+    def _bind(self, run: Any, function: Any, packed: Any, blanks: tuple) -> None:
+        active = driver.active
+        self._device, self._stream, self._blanks = active.get_current_device(), active.get_current_stream, blanks
+        # Triton's own launcher finds memory for kernels that need some of their own, then calls this.
+        direct = getattr(run, "launch", None)
+        if direct is not None and run.global_scratch_size == 0 and run.profile_scratch_size == 0:
+            options = (run.launch_cooperative_grid, run.launch_pdl, None, None)
+            self._run, self._before = direct, (function, *options, packed, None, None, None)
         else:
-            run, function, packed, blanks = found
-            active = driver.active
-            stream = active.get_current_stream(active.get_current_device())
-            run(*grid, stream, function, packed, None, None, None, *tensors, *self._numbers, *changing, *blanks)
+            self._run, self._before = run, (function, packed, None, None, None)

@@ -9,7 +9,7 @@ Deterministic: each number is summed by one program in one order.
 import triton
 import triton.language as tl
 
-from .norm import turned, write_row
+from .norm import normalised, turned, write_row
 
 
 @triton.jit
@@ -59,7 +59,7 @@ def product(
 
 @triton.jit
 def single_products(
-    x, gain, w, second, out, residual, rows, more, depth, eps, w_n, second_n,
+    gain, w, second, x, out, residual, rows, more, depth, eps, w_n, second_n,
     NORM: tl.constexpr, SWIGLU: tl.constexpr, ADD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out = w [rows, depth] times x [depth], behind it second [more, depth] times x; NORM: of norm(x). SWIGLU: silu of
@@ -84,9 +84,26 @@ def single_products(
     tl.store(out + place, result.to(dtype), mask=row < count)
 
 
+@triton.jit
+def single_scores(
+    gain, w, x, out, normed, rows, depth, eps, w_n, BLOCK_N: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """normed = norm(x) [depth], rounded as the module rounds it, and out = w [rows, depth] times that."""
+    row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, WHOLE)
+    inside = k < depth
+    dtype: tl.constexpr = x.dtype.element_ty
+    matrix = weights(w, row, rows, w_n, k, depth)
+    value = tl.load(x + k, mask=inside, other=0.0).to(tl.float32)
+    result = normalised(value, tl.load(gain + k, mask=inside, other=0.0), depth, eps, dtype)
+    tl.store(out + row, tl.sum(matrix * result.to(tl.float32)[None, :], 1), mask=row < rows)
+    if tl.program_id(0) == 0:
+        tl.store(normed + k, result, mask=inside)
+
+
 @triton.jit(do_not_specialize=["capacity"])
 def single_query(
-    low, gain, w, out, weight, cos, sin, slots, latent, rope, scale,
+    gain, w, weight, low, out, cos, sin, slots, latent, rope, scale,
     rows, depth, low_eps, w_n, rank, half, eps, floor, c_s, r_s, s_s, s_g, capacity,
     INTERLEAVE: tl.constexpr, BLOCK: tl.constexpr, HALF: tl.constexpr, GROUP: tl.constexpr, CODED: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -106,7 +123,7 @@ def single_query(
 
 @triton.jit
 def single_absorb(
-    q, w, cos, sin, latent, rope, nope, rank, half, q_h, w_h, w_n,
+    w, q, cos, sin, latent, rope, nope, rank, half, q_h, w_h, w_n,
     INTERLEAVE: tl.constexpr, HALF: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One head's query q[h], not rotated yet: latent[h] [rank] = q[h, :nope] times w[h] [nope, rank], and what follows
@@ -126,7 +143,7 @@ def single_absorb(
 
 @triton.jit(do_not_specialize=["splits"])
 def single_values(
-    partial, partial_lse, w, out, rank, values, first, w_h, w_v, splits,
+    w, partial, partial_lse, out, rank, values, first, w_h, w_v, splits,
     C: tl.constexpr, BLOCK_S: tl.constexpr, SPLITS: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """One head: its splits joined, partial [H, splits, rank], and as many rows of w[h] as there are values, from first
@@ -156,10 +173,10 @@ def single_values(
 
 @triton.jit
 def single_up(
-    x, gain, w, shared_gate, shared_up, index, out, experts, width, depth, shared, pairs, eps, w_e, w_n, shared_n,
-    NORM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    w, shared_gate, shared_up, x, index, out, experts, width, depth, shared, pairs, w_e, w_n, shared_n,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """silu(gate) * up of x, or of norm(x), for each of the token's experts, out [pairs, width], and behind them for
+    """silu(gate) * up of x for each of the token's experts, out [pairs, width], and behind them for
     the shared experts, [shared]. w [E, 2 width, depth]; an expert that lives elsewhere is left out."""
     pid = tl.program_id(0)
     lane = tl.arange(0, BLOCK_N)
@@ -168,7 +185,7 @@ def single_up(
     row = pid * BLOCK_N + lane
     if pid < own:
         result = product(
-            x, gain, shared_gate, shared_up, row, shared, shared_n, depth, eps, NORM, True, BLOCK_N, BLOCK_K
+            x, x, shared_gate, shared_up, row, shared, shared_n, depth, 0.0, False, True, BLOCK_N, BLOCK_K
         )
         tl.store(out + pairs * width + row, result.to(out.dtype.element_ty), mask=row < shared)
     else:
@@ -178,13 +195,13 @@ def single_up(
         if e < experts:
             gate = w + e.to(tl.int64) * w_e
             up = gate + tl.cast(width, tl.int64) * w_n
-            result = product(x, gain, gate, up, row, width, w_n, depth, eps, NORM, True, BLOCK_N, BLOCK_K)
+            result = product(x, x, gate, up, row, width, w_n, depth, 0.0, False, True, BLOCK_N, BLOCK_K)
             tl.store(out + pair * width + row, result.to(out.dtype.element_ty), mask=row < width)
 
 
 @triton.jit
 def single_down(
-    act, w, shared_down, index, share, residual, out, experts, rows, width, shared, w_e, w_n, shared_n,
+    w, shared_down, act, index, share, residual, out, experts, rows, width, shared, w_e, w_n, shared_n,
     PAIRS: tl.constexpr, ADD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out [rows] = sum of share[p] * (w[expert p] times act[p]), plus the shared experts', plus residual (ADD)."""

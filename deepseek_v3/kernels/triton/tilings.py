@@ -69,6 +69,9 @@ class AttentionTiling:
 
 MANY = Tiling(rows=128, columns=256, depth=64, stages=4, warps=8)
 SOME = Tiling(rows=64, columns=256, depth=64, stages=4, warps=8)
+# Where a tile's loop is short, what comes before and after it counts.
+MANY_SHALLOW = Tiling(rows=128, columns=256, depth=64, stages=3, warps=8)
+SHALLOW = 2048
 # Three programs a multiprocessor: the products of the others hide one's float32 promotion.
 FP8_MANY = Tiling(rows=64, columns=128, depth=128, stages=3, warps=4, band=4)
 FP8_DENSE = Tiling(rows=64, columns=128, depth=128, stages=3, warps=4, band=32)
@@ -85,10 +88,11 @@ SHORT_COLUMNS = Tiling(rows=64, columns=16, depth=32, stages=3, warps=4)
 SHORT = 16
 WGRAD = Sweep()
 
-SINGLE = Stretch(rows=4, warps=4)
-SINGLE_SWIGLU = Stretch(rows=2, warps=4)
-# A short depth: fewer warps, so that each has more than one stretch of it.
-SINGLE_SHALLOW = Stretch(rows=8, warps=2)
+SINGLE = Stretch(rows=2, warps=8)
+SINGLE_SWIGLU = Stretch(rows=1, warps=4)
+# Few rows, as of the projections down; and a short depth, of which a warp is to have more than one stretch.
+SINGLE_FEW = Stretch(rows=2, warps=4)
+SINGLE_SHALLOW = Stretch(rows=2, warps=1)
 
 # Few rows are bound by memory: a 16-row tile and deep asynchronous copies. Many rows are bound by arithmetic: 64-row
 # tiles, half of the output each.

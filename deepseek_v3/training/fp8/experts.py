@@ -15,10 +15,8 @@ from ...kernels import combine_pairs, grouped_fp8_gemm, grouped_fp8_wgrad, retil
 from ...modeling_deepseek_v3.moe import DeepseekV3Experts, DeepseekV3MoE
 from ...quantization.adapted import Factors
 from .linear import swiglu_codes, swiglu_gradients
-from .quantise import input_codes
+from .quantise import Pair, input_codes
 from .state import FP8Module, result_dtype
-
-Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 def _gathered(codes: torch.Tensor, scale: torch.Tensor, rows: torch.Tensor) -> Pair:
@@ -63,7 +61,8 @@ class _Experts(torch.autograd.Function):
         state, (gate_up, down), needs = ctx.state, ctx.weights, ctx.needs_input_grad
         fmt, rows = state.recipe.scale_fmt, order // weights.shape[1]
         # Quantised by token and then handed to the experts, as it would be sent to them.
-        sent = _gathered(*state.gradient(grad, True, False)[0], rows)
+        sent: Pair = state.gradient(grad, True, False)[0]
+        sent = _gathered(*sent, rows)
         reached = grouped_fp8_gemm(*sent, ctx.second.codes_t, ctx.second.scale_t, offsets, out_dtype=grad.dtype)
         row_weights = weights.reshape(-1)[order].float()
         along, turned, product, share = swiglu_gradients(inner, inner_scale, reached, state, row_weights, offsets)

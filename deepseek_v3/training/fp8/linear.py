@@ -18,7 +18,7 @@ from ...kernels import (
     unpack_e5m6,
 )
 from ...modeling_deepseek_v3.layers import DeepseekV3MLP
-from .quantise import input_codes
+from .quantise import Pair, input_codes
 from .state import FP8Module, FP8State, result_dtype
 from .weights import Codes
 
@@ -37,14 +37,14 @@ class Packed(NamedTuple):
         return unpack_e5m6(self.high, self.low, self.scale, self.width, dtype=self.dtype)
 
 
-def input_gradient(grad: Any, weight: Codes, dtype: torch.dtype) -> torch.Tensor:
+def input_gradient(grad: Pair, weight: Codes, dtype: torch.dtype) -> torch.Tensor:
     """Dgrad: codes and scales of [M, N] to [M, K]."""
     assert weight.codes_t is not None and weight.scale_t is not None
     return fp8_gemm(*grad, weight.codes_t, weight.scale_t, out_dtype=dtype)
 
 
 def weight_gradient(
-    grad: Any, x: tuple[torch.Tensor, torch.Tensor | None], state: FP8State, dtype: torch.dtype
+    grad: Pair, x: tuple[torch.Tensor, torch.Tensor | None], state: FP8State, dtype: torch.dtype
 ) -> torch.Tensor:
     """Wgrad: codes and scales of the gradient in 128 x 1 tiles [N, M], and the input [M, K] as codes or values:
     [N, K]."""
@@ -105,7 +105,7 @@ class FP8TrainingLinear(FP8Module, nn.Linear):
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
 
-def swiglu_codes(gate_up: torch.Tensor, state: FP8State, keep: bool) -> tuple[Any, Any]:
+def swiglu_codes(gate_up: torch.Tensor, state: FP8State, keep: bool) -> tuple[Pair, Any]:
     """Codes and scales of silu(gate) * up [M, F] from gate and up side by side [M, 2F]; where `keep`, what the
     backward keeps of these, by the recipe, as codes and scales or as they are and None."""
     fmt = state.recipe.scale_fmt
@@ -127,7 +127,7 @@ def swiglu_gradients(
     state: FP8State,
     weights: torch.Tensor | None = None,
     offsets: torch.Tensor | None = None,
-) -> tuple[Any, Any, Any, torch.Tensor]:
+) -> tuple[Pair, Pair, Pair, torch.Tensor]:
     """See `swiglu_backward_codes`: the gradient to gate and up for Dgrad and for Wgrad, the product for Wgrad."""
     fmt = state.recipe.scale_fmt
     results = swiglu_backward_codes(gate_up, scale, grad, weights, offsets=offsets, scale_fmt=fmt)
@@ -166,12 +166,13 @@ class _MLP(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         codes, scale, gate_up, gate_up_scale = ctx.saved_tensors
         state, (gate, _, down), needs = ctx.state, ctx.weights, ctx.needs_input_grad
-        along, across = state.gradient(grad, True, needs[3])
-        inner = input_gradient(along, ctx.second, grad.dtype)
+        given, across = state.gradient(grad, True, needs[3])
+        inner = input_gradient(given, ctx.second, grad.dtype)
         result: list[Any] = [None] * 7
         along, turned, product, _ = swiglu_gradients(gate_up, gate_up_scale, inner, state)
         if needs[3]:
-            result[3] = fp8_gemm(*across, *product, out_dtype=state.recipe.gradient_dtype(down)).to(down.dtype)
+            dtype = state.recipe.gradient_dtype(down)
+            result[3] = fp8_gemm(across[0], across[1], *product, out_dtype=dtype).to(down.dtype)
         if needs[0]:
             result[0] = input_gradient(along, ctx.first, grad.dtype).view(*grad.shape[:-1], -1).to(ctx.dtype)
         if needs[1] or needs[2]:

@@ -7,6 +7,7 @@ import torch
 
 from ...kernels import quantize_activation, quantize_both, retile
 
+Pair = tuple[torch.Tensor, torch.Tensor]  # codes and scales
 COUNTS = ("underflow", "overflow", "nan", "elements")
 
 
@@ -59,10 +60,11 @@ def gradient_codes(
 ) -> tuple[Any, Any]:
     """Codes [M, N] and scales [M, ceil(N / 128)] of an output's gradient [M, N] where `along` (for Dgrad), and codes
     [N, M] and scales [N, ceil(M / 128)] where `down` (for Wgrad); None for what is not wanted. One read for both."""
-    rows = columns = None
+    rows: Pair | None = None
+    columns: Pair | None = None
     if along and down:
-        *rows, codes, scale = quantize_both(grad, scale_fmt=scale_fmt)
-        columns = codes, scale
+        codes, scale, *turned = quantize_both(grad, scale_fmt=scale_fmt)
+        rows, columns = (codes, scale), (turned[0], turned[1])
     elif along:
         rows = quantize_activation(grad, scale_fmt=scale_fmt)
     elif down:
