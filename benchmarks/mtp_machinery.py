@@ -100,6 +100,7 @@ def main():
         points.append(
             {
                 "batch": batch,
+                "new_tokens": options.new,
                 **times,
                 "tokens_per_step": tokens,
                 "speedup": speedup,
@@ -109,13 +110,7 @@ def main():
         )
     columns = ["batch", "plain ms", "with MTP ms", "tokens a step", "times faster", "of the tokens"]
     columns += ["1 token ms", "2 tokens ms", "of the verification"]
-    finish(
-        "mtp_machinery",
-        columns,
-        rows,
-        {"rate": options.rate, "new_tokens": options.new, "points": points},
-        options.output,
-    )
+    finish("mtp_machinery", columns, rows, {"rate": options.rate, "points": points}, options.output)
 
 
 if __name__ == "__main__":
