@@ -2,7 +2,7 @@
 same class in BF16 and transformers' own class in BF16, same weights, taking turns. `--tiny` runs small ones anywhere.
 
 What is timed is a micro-batch: FP8 codes of the weights are there, as in all but the first micro-batch of an
-optimizer step; what making them costs is timed apart.
+optimizer step; what making them costs is timed apart, as is a step at which the guard rails count what FP8 loses.
 """
 
 import sys
@@ -85,6 +85,15 @@ class Step:
         self.x.grad = None
         for parameter in self.layer.parameters():
             parameter.grad = None
+
+    def counted(self):
+        """A step of those at which the guard rails count what FP8 loses."""
+        states = [module.fp8.statistics for module in fp8_modules(self.layer)]
+        for statistics in states:
+            statistics.active = True
+        self()
+        for statistics in states:
+            statistics.active = False
 
     def forget_codes(self):
         for module in fp8_modules(self.layer):
@@ -203,8 +212,8 @@ def point(models, index, batch, length, device, rounds):
         steps["fp8"].forget_codes()
         steps["fp8"]()
 
-    functions = {**steps, "fp8_quantising_weights": with_codes}
-    clears = {name: step.clear for name, step in steps.items()} | {"fp8_quantising_weights": steps["fp8"].clear}
+    more = {"fp8_quantising_weights": with_codes, "fp8_counting": steps["fp8"].counted}
+    functions, clears = {**steps, **more}, {name: steps.get(name, steps["fp8"]).clear for name in (*steps, *more)}
     ms = timed(functions, clears, device, rounds)
     result = {"layer": "moe" if index else "dense", "tokens": batch * length, "cosine": cosines, "ms": ms}
     result["activation_bytes"] = {name: {"kept": k, "peak": p} for name, (k, p) in kept.items()}
