@@ -108,23 +108,28 @@ def encode(bits: np.ndarray, scale_fmt: str | None, device: str = "cpu") -> tupl
         codes, scale = (tensor.cpu() for tensor in on_device)
     else:
         codes = torch.empty(rows, columns, dtype=torch.float8_e4m3fn)
-        scale = torch.empty(-(-rows // BLOCK), -(-columns // BLOCK))
-        for begin in range(0, rows, BLOCK):
-            band = slice(begin, min(begin + BLOCK, rows))
-            _encode_band(weights[band], scale_fmt, codes[band], scale[begin // BLOCK])
+        bands = [slice(begin, min(begin + BLOCK, rows)) for begin in range(0, rows, BLOCK)]
+        amax = torch.stack([_largest(weights[band]) for band in bands])
+        # The rule for scales stays in one place: a block of one element is its own largest magnitude.
+        scale = quantize_weight(amax, block=(1, 1), scale_fmt=scale_fmt)[1]
+        for band, divisors in zip(bands, scale, strict=True):
+            _encode_band(weights[band], divisors, codes[band])
     if not scale.isfinite().all():
         raise BadValues("holds NaN or infinity")
     return codes.view(torch.uint8).numpy(), scale.numpy()
 
 
-def _encode_band(weights: torch.Tensor, scale_fmt: str | None, codes: torch.Tensor, scale: torch.Tensor) -> None:
-    """One row of blocks: BF16 [up to 128, columns] into codes of that shape and scales [ceil(columns / 128)]."""
-    bits, values = _buffers(*weights.shape)
+def _largest(weights: torch.Tensor) -> torch.Tensor:
+    """Largest magnitudes, BF16 [ceil(columns / 128)], of one row of blocks [up to 128, columns]."""
+    bits, _ = _buffers(*weights.shape)
     torch.bitwise_and(weights.view(torch.int16), _MAGNITUDE, out=bits)
     columns = F.pad(bits.amax(0), (0, -weights.shape[1] % BLOCK))
-    amax = columns.view(-1, BLOCK).amax(1).view(torch.bfloat16)
-    # The rule for scales stays in one place: a block of one element is its own largest magnitude.
-    scale.copy_(quantize_weight(amax[None], block=(1, 1), scale_fmt=scale_fmt)[1][0])
+    return columns.view(-1, BLOCK).amax(1).view(torch.bfloat16)
+
+
+def _encode_band(weights: torch.Tensor, scale: torch.Tensor, codes: torch.Tensor) -> None:
+    """One row of blocks: BF16 [up to 128, columns] and scales [ceil(columns / 128)] into codes of its shape."""
+    _, values = _buffers(*weights.shape)
     values.copy_(weights)
     for part, divisors in _blocks(values, scale):
         part.div_(divisors)

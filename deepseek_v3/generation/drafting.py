@@ -101,7 +101,10 @@ class Drafter:
         self.modules = min(max(deepest, 1), model.config.num_nextn_predict_layers)
         self.window = deepest + self.modules + idle  # rows of each module that are run again at most
         self.embed = model.get_input_embeddings()
-        self.states = self.embeddings = torch.empty(0)  # [B, window, D], of slots n - window .. n - 1 and one later
+        # [B, ring, D], of slots n - window .. n - 1 and of those one later, slot s in place s % ring. A step writes
+        # deepest + 1 places, right or not, and what is not right must not lie over what is in the window.
+        self.ring = self.window + deepest + 1
+        self.states = self.embeddings = torch.empty(0)
         self.fresh = torch.empty(0)  # [B, deepest + 1, D], states of slots n .. n + deepest, not all of them valid
         # [B, 1 + deepest + 1]: how many tokens a row was given beyond slot n and not moved on by, and the tokens.
         self.settled = rows.n.new_zeros(len(rows.index), deepest + 2)
@@ -131,15 +134,23 @@ class Drafter:
                 _, previous = self.model.draft(module, previous, embeds, mask, positions, self.cache)
             else:
                 _, previous = self._run(module, previous, embeds, queries)
-        self.states, self.embeddings = self._tail(states, embeddings, past)
+        self._fill(states, embeddings, past)
         self.fresh = self.states.new_zeros(len(states), self.settled.shape[1] - 1, states.shape[2])
 
-    def _tail(self, states: torch.Tensor, embeddings: torch.Tensor, past: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The last `window` states before each row's n, and the embeddings of the slots after them."""
-        offsets = torch.arange(-self.window, 0, device=states.device)
-        at = (self.rows.n - past)[:, None] + offsets
-        batch = torch.arange(len(states), device=states.device)[:, None]
-        return states[batch, at.clamp(min=0)], embeddings[batch, (at + 1).clamp(min=0)]
+    def _fill(self, states: torch.Tensor, embeddings: torch.Tensor, past: int) -> None:
+        """Put the last `window` states before each row's n, and the embeddings of the slots after them, in place."""
+        batch, places = self._places(-self.window, 0)
+        at = (self.rows.n - past)[:, None] + torch.arange(-self.window, 0, device=states.device)
+        self.states = states.new_zeros(len(states), self.ring, states.shape[2])
+        self.embeddings = self.states.clone()
+        self.states[batch, places] = states[batch, at.clamp(min=0)]
+        self.embeddings[batch, places] = embeddings[batch, (at + 1).clamp(min=0)]
+
+    def _places(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Indices [B, 1] and [B, stop - start] of slots n + start .. n + stop - 1 in what goes round."""
+        n = self.rows.n
+        batch = torch.arange(len(n), device=n.device)[:, None]
+        return batch, (n[:, None] + torch.arange(start, stop, device=n.device)) % self.ring
 
     def draft(self, count: int, choose: Any) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
         """Draft `count` tokens for every row.
@@ -182,8 +193,9 @@ class Drafter:
         modules, D], zeros where no token is known, and their states [B, r, D]."""
         again, n = self._again, self.rows.n
         window = n[:, None] + torch.arange(-again, 0, device=n.device)
-        following = torch.nn.functional.pad(self.embeddings[:, -again:], (0, 0, 0, self.modules))
-        return again, window, following, self.states[:, -again:]
+        places = self._places(-again, 0)
+        following = torch.nn.functional.pad(self.embeddings[places], (0, 0, 0, self.modules))
+        return again, window, following, self.states[places]
 
     @property
     def _again(self) -> int:
@@ -246,10 +258,9 @@ class Drafter:
     def advance(self) -> None:
         """Move the rows on by what was taken; nothing where nothing was."""
         rows, kept, tokens = self.rows, self.settled[:, 0], self.settled[:, 1:]
-        batch = torch.arange(len(tokens), device=tokens.device)[:, None]
-        shift = kept[:, None] + torch.arange(self.window, device=tokens.device)
-        self.states.copy_(torch.cat((self.states, self.fresh), dim=1)[batch, shift])
-        self.embeddings.copy_(torch.cat((self.embeddings, self.embed(tokens)), dim=1)[batch, shift])
+        places = self._places(0, tokens.shape[1])
+        self.states.index_put_(places, self.fresh)
+        self.embeddings.index_put_(places, self.embed(tokens))
         last = tokens.gather(1, (kept - 1).clamp(min=0)[:, None])[:, 0]
         rows.chosen.copy_(torch.where(kept > 0, last, rows.chosen))
         rows.n.add_(kept)

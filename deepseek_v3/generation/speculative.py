@@ -276,7 +276,9 @@ class SpeculativeDecoder:
             tokens = [*known[: accepted[i]], following[i]]
             kept.append(self._append(row, tokens) if i in took_part else 0)
             candidates.append([kept[-1], *tokens] + [0] * (count + 1 - len(tokens)))
-        self.statistics.count([accepted[i] for i in took_part], [kept[i] for i in took_part], count)
+        right = [accepted[i] for i in took_part]
+        self.statistics.count(right, [kept[i] for i in took_part], count)
+        self.policy.saw([self.rows.index[i] for i in took_part], right, count)
         self.recorder.step(self.rows.index, kept, output)
         self.drafter.take(candidates)
         self.rows.count(kept)

@@ -84,6 +84,9 @@ class FixedDepth:
         """A call starts, whose counts `statistics` will hold."""
         statistics.depth = self.deepest
 
+    def saw(self, rows: list[int], accepted: list[int], drafts: int) -> None:
+        """A step gave each of the unfinished `rows` so many `drafts`, and so many were `accepted`."""
+
     def next(self) -> int:
         """Drafts of the next step."""
         return self.deepest
@@ -93,35 +96,51 @@ class FixedDepth:
 
 
 class AutoDepth:
-    """Climbs to the depth that gives most tokens a second, and goes on from there in the next call.
+    """Climbs to the depth that ends a call soonest, and goes on from there in the next call.
 
     One draft, none (plain decoding) and two are tried for a few steps each, then what lies beside the best one so far.
     The best stays for `patience` steps, after which its neighbours and plain decoding are tried again: acceptance and
-    costs change as the text does, and as rows end. The tokens of a step come from the acceptance by depth, this call's
-    and, as `memory` drafts at most, that of calls before it; its cost from the fastest of its latest trials.
+    costs change as the text does, and as rows end. Where drafting has not paid, it is tried ever less often.
+
+    A step's cost is the fastest of its latest trials. Its tokens come from the acceptance by depth, this call's and
+    that of calls before it (as `memory` drafts at most). A call lasts as long as its slowest row, so that row's tokens
+    count: by what it has accepted, and by `prior` drafts accepted as all rows' are.
+
+    Args:
+        deepest: drafts a step at most.
+        rows: rows of a call, about.
     """
 
-    idle = 32  # tokens a row that the modules may fall behind while nothing is drafted
-
-    def __init__(self, deepest: int = 4, trials: int = 4, patience: int = 64, memory: int = 128) -> None:
-        self.deepest, self.trials, self.patience, self.memory = deepest, trials, patience, memory
+    def __init__(
+        self, deepest: int = 4, trials: int = 4, patience: int = 64, memory: int = 128, prior: int = 16, rows: int = 1
+    ) -> None:
+        self.deepest, self.trials, self.patience, self.memory, self.prior = deepest, trials, patience, memory, prior
+        # Tokens a row that the modules may fall behind while nothing is drafted: their states are kept until then.
+        self.idle = max(32, min(256, 8192 // rows))
         self.chosen: int | None = None
         self._tried = min(1, deepest)
         self._left = 2 * trials  # whether drafts are accepted at all takes more of them to see
+        self._wait = patience
         self._seconds: dict[int, deque[float]] = {}
         self._call = MtpStatistics()
         self._drafted, self._accepted = [0.0] * deepest, [0.0] * deepest  # of the calls before
+        self._rows: dict[int, MtpStatistics] = {}  # of the rows that are unfinished
 
     def begin(self, statistics: MtpStatistics) -> None:
         """A new call starts, whose counts `statistics` will hold."""
         drafted, accepted = self._counts()
         scale = min(1.0, self.memory / max(drafted[0], 1.0)) if drafted else 1.0
         self._drafted, self._accepted = [n * scale for n in drafted], [n * scale for n in accepted]
-        self._call = statistics
+        self._call, self._rows = statistics, {}
         statistics.depth = self._tried if self.chosen is None else self.chosen
 
     def next(self) -> int:
         return self._tried
+
+    def saw(self, rows: list[int], accepted: list[int], drafts: int) -> None:
+        self._rows = {row: self._rows.get(row) or MtpStatistics() for row in rows}
+        for row, right in zip(rows, accepted, strict=True):
+            self._rows[row].count([right], [], drafts)
 
     def took(self, drafts: int, seconds: float) -> None:
         # The first steps of a depth pay for what is made once: compilation, allocation, the capture of a graph.
@@ -139,31 +158,43 @@ class AutoDepth:
         if new:
             self._tried, self._left = new[0], self.trials
         else:
+            self._wait = min(2 * self._wait, 8 * self.patience) if best == self.chosen == 0 else self.patience
             self.chosen = self._tried = best
-            self._left = self.patience
+            self._left = self._wait
 
     def _counts(self) -> tuple[list[float], list[float]]:
         """Drafted and accepted by depth, of this call and of what is remembered."""
-        call = self._call
-        missing = [0] * self.deepest
-        drafted = [old + new for old, new in zip(self._drafted, call.drafted + missing, strict=False)]
-        accepted = [old + new for old, new in zip(self._accepted, call.accepted + missing, strict=False)]
-        return drafted, accepted
+        drafted, accepted = _padded(self._call, self.deepest)
+        return (
+            [old + new for old, new in zip(self._drafted, drafted, strict=True)],
+            [old + new for old, new in zip(self._accepted, accepted, strict=True)],
+        )
+
+    def _expected(self) -> list[float]:
+        """Tokens that a step with 0 .. deepest drafts gives the row that it gives the fewest."""
+        usual = [right / tried if tried else 0.0 for tried, right in zip(*self._counts(), strict=True)]
+        fewest: list[float] = []
+        for row in self._rows.values() or [MtpStatistics()]:
+            expected, chain = [1.0], 1.0
+            for tried, right, rate in zip(*_padded(row, self.deepest), usual, strict=True):
+                chain *= (right + self.prior * rate) / (tried + self.prior)
+                expected.append(expected[-1] + chain)
+            fewest = [min(pair) for pair in zip(fewest or expected, expected, strict=True)]
+        return fewest
 
     def _best(self) -> int:
-        drafted, accepted = self._counts()
-        rates: dict[int, float] = {}
-        expected, chain = 1.0, 1.0
-        for depth in range(self.deepest + 1):
-            if depth:
-                chain *= accepted[depth - 1] / drafted[depth - 1] if drafted[depth - 1] else 0.0
-                expected += chain
-            if depth in self._seconds:
-                rates[depth] = expected / min(self._seconds[depth])
+        expected = self._expected()
+        rates = {depth: expected[depth] / min(seconds) for depth, seconds in self._seconds.items()}
         best = max(rates, key=lambda depth: rates[depth])
         shown = ", ".join(f"{depth}: {rate:.1f}" for depth, rate in sorted(rates.items()))
-        logger.info(f"MTP: {best} drafts a step give most tokens a second a row ({shown})")
+        logger.info(f"MTP: {best} drafts a step give the slowest row most tokens a second ({shown})")
         return best
+
+
+def _padded(statistics: MtpStatistics, depths: int) -> tuple[list[int], list[int]]:
+    """Drafted and accepted by depth, of the first `depths`."""
+    missing = [0] * depths
+    return (statistics.drafted + missing)[:depths], (statistics.accepted + missing)[:depths]
 
 
 # By model and by the number of rows, to a power of two: what a step costs hangs on both.
@@ -179,7 +210,7 @@ def make_depth(asked: Any, model: Any, batch: int) -> FixedDepth | AutoDepth:
         ValueError: anything else.
     """
     if asked == "auto":
-        return _LEARNT.setdefault(model, {}).setdefault((batch - 1).bit_length(), AutoDepth())
+        return _LEARNT.setdefault(model, {}).setdefault((batch - 1).bit_length(), AutoDepth(rows=batch))
     if asked is None:
         return FixedDepth(model.config.num_nextn_predict_layers)
     if isinstance(asked, bool) or not isinstance(asked, int) or asked < 1:

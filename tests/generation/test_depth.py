@@ -69,6 +69,45 @@ def test_auto_depth_goes_on_where_the_last_call_ended():
     assert chosen == 4 and depths[-40:].count(4) >= 20
 
 
+def rows_call(policy, rates, costs, steps):
+    """The depth after a call of so many steps in which row r accepts a draft at `rates`[r] and depths cost `costs`."""
+    statistics = MtpStatistics()
+    policy.begin(statistics)
+    for step in range(steps):
+        drafts, rows = policy.next(), list(range(len(rates)))
+        # Each row's accepted drafts in turn, so that they are its rate on average.
+        accepted = [min(drafts, int((step + 1) * rate) - int(step * rate)) for rate in rates]
+        statistics.count(accepted, [right + 1 for right in accepted], drafts)
+        policy.saw(rows, accepted, drafts)
+        policy.took(drafts, costs[drafts])
+    return statistics.depth
+
+
+def test_auto_depth_counts_the_slowest_rows_tokens():
+    """A call ends when its last row does: what the others accept makes it no shorter."""
+    costs = [1.0, 1.3, 1.6]
+    assert rows_call(AutoDepth(deepest=2, patience=10), [0.9, 0.9, 0.9, 0.9], costs, 100) == 1
+    assert rows_call(AutoDepth(deepest=2, patience=10), [0.9, 0.9, 0.9, 0.0], costs, 100) == 0
+    # Chance makes some row the worst one: a few drafts that it lost don't count against those of all the others.
+    policy = AutoDepth(deepest=2)
+    policy.begin(MtpStatistics(drafted=[1000, 900], accepted=[900, 90]))
+    for step, drafts in enumerate([1] * 8 + [0] * 4 + [2] * 4):
+        policy.saw([0, 1], [drafts, 0 if step < 6 else drafts], drafts)
+        policy.took(drafts, costs[drafts])
+    assert policy.chosen == 1
+
+
+def test_auto_depth_tries_ever_less_often_what_does_not_pay():
+    policy = AutoDepth(deepest=2, trials=2, patience=10)
+    _, depths = call(policy, [0.1] * 2, [1.0, 2.0, 3.0], 400)
+    tried = [step for step in range(20, 400) if depths[step] and not depths[step - 1]]
+    gaps = [b - a for a, b in zip(tried, tried[1:], strict=False)]
+    assert gaps and gaps == sorted(gaps) and max(gaps) > 80
+    # Where it comes to pay again, it is seen at the next try, and looked after as before.
+    chosen, depths = call(policy, [0.99] * 2, [1.0, 1.1, 1.2], 300)
+    assert chosen == 2 and depths[-100:].count(2) > 60
+
+
 def test_models_and_batch_sizes_learn_apart():
     first, second = make_model(num_nextn_predict_layers=1), make_model(num_nextn_predict_layers=1)
     assert make_depth("auto", first, 3) is make_depth("auto", first, 4)
