@@ -1,13 +1,15 @@
 """Speculative decoding with MTP: our plain decoding, ours with MTP, transformers' own plain decoding, in turns.
 
 On a model folder (that of `make demo`, say), greedy, on prompts from its held-out text: tokens a forward of the main
-model against the acceptance measured by teacher forcing, and wall time. Correctness comes first: all three must give
-the same tokens, or nothing is timed.
+model against the acceptance measured by teacher forcing, and wall time. What a small model writes after one prompt
+says little, so smaller batches are decoded one after another until eight prompts are. Correctness comes first: all
+three must give the same tokens, or nothing is timed.
 """
 
 import argparse
 import json
 import sys
+from itertools import zip_longest
 from pathlib import Path
 
 # Run as a script, Python looks for modules beside it, where kernels.py would pass for the `kernels` package.
@@ -19,6 +21,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3ForCa
 
 from benchmarks.common import alternate, finish, ratio
 from deepseek_v3 import DeepseekV3ForCausalLM
+from deepseek_v3.generation.statistics import MtpStatistics
 from deepseek_v3.training.data import pack, read_texts, split_texts, text_files
 from deepseek_v3.training.evaluation import mtp_acceptance
 
@@ -29,15 +32,26 @@ def held_out(tokenizer, sources, share, count, length):
     return pack([text for _, text in pairs], tokenizer, length)["input_ids"][:count]
 
 
-def generate(model, prompts, new, **kwargs):
-    return model.generate(
-        prompts,
-        attention_mask=torch.ones_like(prompts),
-        max_new_tokens=new,
-        eos_token_id=None,
-        do_sample=False,
-        **kwargs,
-    )
+LEAST = 8  # prompts that each row of the table decodes
+
+
+def generate(model, prompts, batch, new, **kwargs):
+    """Outputs of `generate` for the prompts in batches."""
+    settings = {"max_new_tokens": new, "eos_token_id": None, "do_sample": False, **kwargs}
+    return [model.generate(part, attention_mask=torch.ones_like(part), **settings) for part in prompts.split(batch)]
+
+
+def joined(outputs):
+    """`MtpStatistics` of several calls as of one."""
+    whole = MtpStatistics(depth=outputs[-1].mtp.depth)
+    for statistics in (output.mtp for output in outputs):
+        whole.steps += statistics.steps
+        whole.row_steps += statistics.row_steps
+        whole.tokens += statistics.tokens
+        for name in ("drafted", "accepted"):
+            pairs = zip_longest(getattr(whole, name), getattr(statistics, name), fillvalue=0)
+            setattr(whole, name, [a + b for a, b in pairs])
+    return whole
 
 
 @torch.inference_mode()
@@ -58,20 +72,20 @@ def own_acceptance(model, prompts, sequences):
     return hits.float().mean().item(), hits.numel() / steps
 
 
-def measure(ours, native, prompts, new, depth, rounds):
-    """Ratio of wall times, and the statistics of the speculative run."""
+def measure(ours, native, prompts, batch, new, depth, rounds):
+    """Ratios of wall times, the statistics of the speculative run, and its drafts on the text that was written."""
+    speculative = {"use_mtp": True, "num_assistant_tokens": depth}
     runs = {
-        "plain": lambda: generate(ours, prompts, new),
-        "mtp": lambda: generate(ours, prompts, new, use_mtp=True, num_assistant_tokens=depth),
-        "native": lambda: generate(native, prompts, new),
+        "plain": lambda: generate(ours, prompts, batch, new),
+        "mtp": lambda: generate(ours, prompts, batch, new, **speculative),
+        "native": lambda: generate(native, prompts, batch, new),
     }
-    outputs = {name: run() for name, run in runs.items()}
+    outputs = {name: torch.cat(run()) for name, run in runs.items()}
     for name, output in outputs.items():
         if not torch.equal(output, outputs["plain"]):
             sys.exit(f"{name} decoding gives other tokens; nothing is timed")
     seconds = alternate(runs, rounds)
-    kwargs = {"use_mtp": True, "num_assistant_tokens": depth, "return_dict_in_generate": True}
-    statistics = generate(ours, prompts, new, **kwargs).mtp
+    statistics = joined(generate(ours, prompts, batch, new, return_dict_in_generate=True, **speculative))
     own = own_acceptance(ours, prompts, outputs["plain"])
     return ratio(seconds["plain"], seconds["mtp"]), ratio(seconds["native"], seconds["mtp"]), statistics, own
 
@@ -94,14 +108,14 @@ def main():
         from deepseek_v3.training.demo import library_sources
 
         options.data = library_sources()
-    blocks = held_out(tokenizer, options.data, 0.05, max(options.batch), options.prompt)
+    blocks = held_out(tokenizer, options.data, 0.05, max(LEAST, *options.batch), options.prompt)
     forced = mtp_acceptance(ours, held_out(tokenizer, options.data, 0.05, 40, 256))
     rows, points = [], []
     for batch in options.batch:
         for depth in options.depth:
             asked = depth if depth == "auto" else int(depth)
-            prompts = torch.tensor(blocks[:batch])
-            plain, theirs, statistics, own = measure(ours, native, prompts, options.new, asked, options.rounds)
+            prompts = torch.tensor(blocks[: max(LEAST, batch)])
+            plain, theirs, statistics, own = measure(ours, native, prompts, batch, options.new, asked, options.rounds)
             rows.append(
                 [batch, depth, statistics.depth, statistics.tokens_per_step, *own, plain["median"], theirs["median"]]
             )

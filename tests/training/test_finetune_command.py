@@ -62,7 +62,8 @@ def logits(model, tokenizer):
 
 
 def close(one, two):
-    return torch.cosine_similarity(one.flatten(), two.flatten(), dim=0)
+    """Cosine at the median token: rounding sends some tokens to other experts, on each processor others."""
+    return torch.cosine_similarity(one, two, dim=-1).median()
 
 
 @pytest.mark.parametrize(
@@ -88,9 +89,8 @@ def test_an_adapter_with_card_summary_and_plot_is_left_and_merged(base, method, 
     merged = logits(
         AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), AutoTokenizer.from_pretrained(tmp_path / "merged")
     )
-    # Rounding sends some tokens to other experts: 0.9595 was measured in FP8.
     assert close(before, adapted) < 0.9
-    assert close(adapted, merged) > {"bf16": 0.995, "fp8": 0.94}[merge]
+    assert close(adapted, merged) > {"bf16": 0.999, "fp8": 0.98}[merge]
     quantization = json.loads((tmp_path / "merged" / "config.json").read_text()).get("quantization_config")
     assert (quantization or {}).get("quant_method") == ("fp8" if merge == "fp8" else None)
     assert ("rounding" in summary) == (merge == "fp8")
