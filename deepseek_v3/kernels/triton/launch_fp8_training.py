@@ -16,9 +16,9 @@ from .fp8_training import (
 )
 from .launching import cdiv, next_power_of_2
 
-# Columns of a program that writes down columns: many small ones keep more of each other's waiting hidden than few
-# large ones, and 80 registers leave room for 24 warps.
-BLOCK, REGISTERS = 32, 80
+# Columns of a program that writes down columns, of one tensor and of SwiGLU's three: many small programs hide each
+# other's waiting, which a loop over columns within one does not.
+BLOCK, BLOCK_SWIGLU = 64, 32
 
 
 def retile(x, x_scale, source, offsets, scale_fmt, amax_floor):
@@ -32,7 +32,7 @@ def retile(x, x_scale, source, offsets, scale_fmt, amax_floor):
             x, x_scale, source, codes, scale, tiles, rows, width, x.stride(0),
             *(x_scale.stride() if x_scale is not None else (0, 0)), codes.stride(0), *scale.stride(),
             max(amax_floor, AMAX_FLOOR), BLOCK=BLOCK, POWER=scale_fmt is not None, SCALED=x_scale is not None,
-            GATHER=source is not None, GROUPED=offsets is not None, num_warps=4, maxnreg=REGISTERS,
+            GATHER=source is not None, GROUPED=offsets is not None, num_warps=4,
         )  # fmt: skip
     return codes, scale
 
@@ -46,7 +46,7 @@ def quantize_both(x, scale_fmt, amax_floor):
     if codes.numel():
         retile_both[(groups, cdiv(width, 128))](
             x, codes, scale, along, scale_along, rows, width, x.stride(0), rows, *scale.stride(), width,
-            *scale_along.stride(), max(amax_floor, AMAX_FLOOR), POWER=scale_fmt is not None, num_warps=8, maxnreg=128,
+            *scale_along.stride(), max(amax_floor, AMAX_FLOOR), POWER=scale_fmt is not None, num_warps=8,
         )  # fmt: skip
     return along, scale_along, codes, scale
 
@@ -74,7 +74,7 @@ def swiglu_forward_codes(gate_up, scale_fmt, amax_floor):
     product = _pair(rows, width, width // 128, gate_up.device)
     kept = _pair(rows, 2 * width, 2 * width // 128, gate_up.device)
     if rows:
-        block = 32
+        block = 16
         swiglu_codes[(cdiv(rows, block), width // 128)](
             gate_up, *product, *kept, rows, width, gate_up.stride(0), *product[1].stride(), *kept[1].stride(),
             max(amax_floor, AMAX_FLOOR), BLOCK=block, POWER=scale_fmt is not None, num_warps=4,
@@ -114,9 +114,11 @@ def swiglu_backward_codes(gate_up, scale, grad, weights, offsets, scale_fmt, ama
             gate_up, scale, grad, weights, share, *along, rows, width, *strides, *along[1].stride(), least,
             BLOCK=block, **kinds, num_warps=4,
         )  # fmt: skip
-        swiglu_gradient_columns[(groups, width // BLOCK)](
+        # Of experts a little over 128 registers, which would leave room for three programs instead of four.
+        swiglu_gradient_columns[(groups, width // BLOCK_SWIGLU)](
             gate_up, scale, grad, weights, *down, *product, tiles, rows, width, *strides, padded, *down[1].stride(),
-            *product[1].stride(), least, BLOCK=BLOCK, **kinds, GROUPED=offsets is not None, num_warps=4,
+            *product[1].stride(), least, BLOCK=BLOCK_SWIGLU, **kinds, GROUPED=offsets is not None, num_warps=4,
+            maxnreg=None if offsets is None else 128,
         )  # fmt: skip
     return *along, *down, *product, share.sum(0)
 
