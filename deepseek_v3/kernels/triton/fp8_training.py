@@ -56,28 +56,19 @@ def quarters(x, x_scale, source, m, stop, col, width, x_m, xs_m, SCALED: tl.cons
 
 @triton.jit
 def in_order(a, b, c, d):
-    """[R] or [R, C] of each quarter -> [4 R] or [4 R, C]."""
+    """[R, C] of each quarter -> [4 R, C]."""
     joined = tl.join(tl.join(a, c), tl.join(b, d))
-    if len(a.shape) == 1:
-        return joined.reshape(4 * a.shape[0])
-    else:
-        return tl.permute(joined, (0, 2, 3, 1)).reshape(4 * a.shape[0], a.shape[1])
-
-
-@triton.jit
-def row_codes(value, codes, m, rows, col, width, codes_m, floor, POWER: tl.constexpr):
-    """Codes of 1 x 128 tiles, the columns of value one; their scales are returned."""
-    s = scale_of(largest(value, 1), floor, POWER)
-    mask = (m < rows)[:, None] & (col < width)[None, :]
-    tl.store(codes + m.to(tl.int64)[:, None] * codes_m + col[None, :], encoded(value, s[:, None]), mask=mask)
-    return s
+    return tl.permute(joined, (0, 2, 3, 1)).reshape(4 * a.shape[0], a.shape[1])
 
 
 @triton.jit
 def store_rows(value, codes, scale, m, rows, col, width, codes_m, scale_m, floor, POWER: tl.constexpr):
     """1 x 128 tiles: the columns of value are one."""
-    s = row_codes(value.to(tl.float32), codes, m, rows, col, width, codes_m, floor, POWER)
+    value = value.to(tl.float32)
+    s = scale_of(largest(value, 1), floor, POWER)
     tl.store(scale + m.to(tl.int64) * scale_m, s, mask=m < rows)
+    mask = (m < rows)[:, None] & (col < width)[None, :]
+    tl.store(codes + m.to(tl.int64)[:, None] * codes_m + col[None, :], encoded(value, s[:, None]), mask=mask)
 
 
 @triton.jit
@@ -125,21 +116,26 @@ def retile_columns(
 @triton.jit
 def retile_both(
     x, codes, scale, along, along_scale, rows, width, x_m, codes_d, scale_d, scale_g, along_m, as_m, as_g, floor,
-    POWER: tl.constexpr,
+    SIDE: tl.constexpr, POWER: tl.constexpr,
 ):  # fmt: skip
-    """128 x 1 tiles, transposed, and 1 x 128 tiles as they lie, of a 128 x 128 tile of x."""
+    """Of a 128 x 128 tile of x the 128 x 1 tiles of SIDE columns, transposed, or the 1 x 128 tiles of SIDE rows, as
+    they lie. A program that did both would hold too much; what the second reads is still in the L2."""
+    turns: tl.constexpr = 128 // SIDE
+    piece = tl.program_id(1) // (2 * turns)
+    turn = tl.program_id(1) % (2 * turns)
     start, stop = bounds(x, rows, False)
-    m = start + 4 * tl.arange(0, 32)
-    col = tl.program_id(1) * 128 + tl.arange(0, 128)
-    a, b, c, d = quarters(x, x, x, m, stop, col, width, x_m, 0, False, False)
-    s_a = row_codes(a, along, m, stop, col, width, along_m, floor, POWER)
-    s_b = row_codes(b, along, m + 1, stop, col, width, along_m, floor, POWER)
-    s_c = row_codes(c, along, m + 2, stop, col, width, along_m, floor, POWER)
-    s_d = row_codes(d, along, m + 3, stop, col, width, along_m, floor, POWER)
-    row = start + tl.arange(0, 128)
-    beside = along_scale + tl.program_id(1).to(tl.int64) * as_g
-    tl.store(beside + row.to(tl.int64) * as_m, in_order(s_a, s_b, s_c, s_d), mask=row < stop)
-    store_columns(a, b, c, d, codes, scale, rows, col, width, codes_d, scale_d, scale_g, floor, POWER, False)
+    if turn < turns:
+        m = start + 4 * tl.arange(0, 32)
+        col = piece * 128 + turn * SIDE + tl.arange(0, SIDE)
+        near = tl.max_contiguous(col, 4)
+        a, b, c, d = quarters(x, x, x, m, stop, near, width, x_m, 0, False, False)
+        store_columns(a, b, c, d, codes, scale, rows, col, width, codes_d, scale_d, scale_g, floor, POWER, False)
+    else:
+        row = start + (turn - turns) * SIDE + tl.arange(0, SIDE)
+        whole = piece * 128 + tl.arange(0, 128)
+        value = taken(x, x, x, row, stop, whole, width, x_m, 0, False, False)
+        beside = along_scale + piece.to(tl.int64) * as_g
+        store_rows(value, along, beside, row, stop, whole, width, along_m, as_m, floor, POWER)
 
 
 @triton.jit

@@ -44,9 +44,9 @@ def quantize_both(x, scale_fmt, amax_floor):
     codes, scale = _pair(width, rows, groups, x.device)
     along, scale_along = _pair(rows, width, cdiv(width, 128), x.device)
     if codes.numel():
-        retile_both[(groups, cdiv(width, 128))](
+        retile_both[(groups, cdiv(width, 128) * (256 // BLOCK))](
             x, codes, scale, along, scale_along, rows, width, x.stride(0), rows, *scale.stride(), width,
-            *scale_along.stride(), max(amax_floor, AMAX_FLOOR), POWER=scale_fmt is not None, num_warps=8,
+            *scale_along.stride(), max(amax_floor, AMAX_FLOOR), SIDE=BLOCK, POWER=scale_fmt is not None, num_warps=4,
         )  # fmt: skip
     return along, scale_along, codes, scale
 
