@@ -105,9 +105,9 @@ def _both(x, scale_fmt, amax_floor, backend):
     odd = None if x.dtype in TRITON_DTYPES else f"{x.dtype}"
     if not _is_triton(x, odd, backend):
         return reference.quantize_both(x, scale_fmt, amax_floor)
-    from .triton.launch_fp8_training import retile as launch
+    from .triton.launch_fp8_training import quantize_both as launch
 
-    return launch(x if x.stride(-1) == 1 else x.contiguous(), None, None, None, scale_fmt, amax_floor, both=True)
+    return launch(x if x.stride(-1) == 1 else x.contiguous(), scale_fmt, amax_floor)
 
 
 def quantize_both(
@@ -289,7 +289,8 @@ def swiglu_backward_codes(
     amax_floor: float = AMAX_FLOOR,
     backend: str = "auto",
 ) -> tuple[Pair, Pair, Pair, torch.Tensor]:
-    """``swiglu_backward`` whose results go into products alone: as their codes, and never as numbers in memory.
+    """``swiglu_backward`` whose results go into products alone: as their codes, and never as numbers in memory, so
+    that nothing rounds them to grad's dtype before.
 
     Args:
         gate_up, scale, grad, weights: as for ``swiglu_backward``.

@@ -50,7 +50,7 @@ def swiglu_backward(gate_up, scale, grad, weights):
 
 def swiglu_backward_codes(gate_up, scale, grad, weights, offsets, scale_fmt, amax_floor):
     """See ``deepseek_v3.kernels.swiglu_backward_codes``."""
-    grad_gate_up, out, share = swiglu_backward(gate_up, scale, grad, weights)
+    grad_gate_up, out, share = swiglu_backward(gate_up, scale, grad.float(), weights)
     codes, along = quantize_activation(grad_gate_up, 128, scale_fmt, amax_floor)
     down = retile(grad_gate_up, None, None, offsets, scale_fmt, amax_floor)
     product = retile(out, None, None, offsets, scale_fmt, amax_floor)

@@ -5,9 +5,9 @@ import triton.language as tl
 
 
 @triton.jit
-def encode(value, scale):
-    """12-bit codes of values under their rows' power-of-two scales."""
-    small = tl.div_rn(tl.abs(value), scale[:, None] + tl.zeros_like(value))
+def encode(value, reciprocal):
+    """12-bit codes of values under their rows' power-of-two scales, whose reciprocals are exact."""
+    small = tl.abs(value) * reciprocal[:, None]
     bits = small.to(tl.int32, bitcast=True)
     normal = ((bits + 0xFFFF + ((bits >> 17) & 1)) >> 17) - 7168
     # Adding 1.5 * 2^23 rounds to an integer, ties to even.
@@ -42,7 +42,8 @@ def pack_tiles(x, high, low, scale, rows, width, x_m, groups, BLOCK: tl.constexp
     bits = (ratio.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000
     s = tl.where(broken | (amax == float("inf")), float("nan"), bits.to(tl.float32, bitcast=True))
     tl.store(scale + m * groups + group, s, mask=m < rows)
-    a, b = encode(left, s), encode(right, s)
+    reciprocal = tl.div_rn(1.0, s)
+    a, b = encode(left, reciprocal), encode(right, reciprocal)
     wide = high + m[:, None] * (groups * 128) + col[None, :]
     tl.store(wide, (a >> 4).to(tl.uint8), mask=live)
     tl.store(wide + 64, (b >> 4).to(tl.uint8), mask=live)

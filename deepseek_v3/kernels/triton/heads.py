@@ -32,22 +32,27 @@ def rotate_heads(
     c = tl.load(cos + place, mask=lane < half, other=0.0).to(tl.float32)[None, :]
     s = tl.load(sin + place, mask=lane < half, other=0.0).to(tl.float32)[None, :]
     mask = live & (lane < half)[None, :]
-    # Where the first and the second of a pair lie before the rotation, and after it.
-    pair = nope + (2 * lane if INTERLEAVE else lane)[None, :]
-    mate = nope + (2 * lane + 1 if INTERLEAVE else lane + half)[None, :]
     front = nope + lane[None, :]
-    rear = front + half
-    dtype: tl.constexpr = out.dtype.element_ty
-    if BACK:
-        first = tl.load(source + front, mask=mask, other=0.0).to(tl.float32)
-        second = tl.load(source + rear, mask=mask, other=0.0).to(tl.float32)
-        tl.store(target + pair, (first * c + second * s).to(dtype), mask=mask)
-        tl.store(target + mate, (second * c - first * s).to(dtype), mask=mask)
+    # Pairs that are neighbours, before the rotation, are read and written whole.
+    whole = nope + tl.arange(0, 2 * HALF)[None, :]
+    mask_whole = live & (whole < nope + 2 * half)
+    if INTERLEAVE and not BACK:
+        pairs = tl.load(source + whole, mask=mask_whole, other=0.0).to(tl.float32)
+        first, second = tl.split(pairs.reshape(HEADS, HALF, 2))
     else:
-        first = tl.load(source + pair, mask=mask, other=0.0).to(tl.float32)
-        second = tl.load(source + mate, mask=mask, other=0.0).to(tl.float32)
-        tl.store(target + front, (first * c - second * s).to(dtype), mask=mask)
-        tl.store(target + rear, (second * c + first * s).to(dtype), mask=mask)
+        first = tl.load(source + front, mask=mask, other=0.0).to(tl.float32)
+        second = tl.load(source + front + half, mask=mask, other=0.0).to(tl.float32)
+    if BACK:
+        first, second = first * c + second * s, second * c - first * s
+    else:
+        first, second = first * c - second * s, second * c + first * s
+    dtype: tl.constexpr = out.dtype.element_ty
+    if INTERLEAVE and BACK:
+        pairs = tl.join(first, second).to(dtype).reshape(HEADS, 2 * HALF)
+        tl.store(target + whole, pairs, mask=mask_whole)
+    else:
+        tl.store(target + front, first.to(dtype), mask=mask)
+        tl.store(target + front + half, second.to(dtype), mask=mask)
 
 
 @triton.jit

@@ -5,32 +5,61 @@ import torch
 from ..reference.fp8 import padded_groups
 from ..reference.quantize import AMAX_FLOOR
 from .e5m6 import pack_tiles, unpack_tiles
-from .fp8_training import retile_columns, swiglu_codes, swiglu_gradient, swiglu_gradient_codes
+from .fp8_training import (
+    find_tiles,
+    retile_both,
+    retile_columns,
+    swiglu_codes,
+    swiglu_gradient,
+    swiglu_gradient_columns,
+    swiglu_gradient_rows,
+)
 from .launching import cdiv, next_power_of_2
 
-BLOCK, WARPS = 128, 8
+# Columns of a program that writes down columns, of one tensor and of SwiGLU's three: many small programs hide each
+# other's waiting, which a loop over columns within one does not.
+BLOCK, BLOCK_SWIGLU = 64, 32
 
 
-def retile(x, x_scale, source, offsets, scale_fmt, amax_floor, both=False):
-    """See ``deepseek_v3.kernels.retile``; ``both``: first the codes and scales of ``quantize_activation(x)``."""
+def retile(x, x_scale, source, offsets, scale_fmt, amax_floor):
+    """See ``deepseek_v3.kernels.retile``."""
     width = x.shape[1]
     rows = x.shape[0] if source is None else source.shape[0]
-    experts = 0 if offsets is None else offsets.numel() - 1
-    groups = cdiv(rows, 128) if offsets is None else padded_groups(rows, experts)
-    padded = rows if offsets is None else groups * 128
+    groups, padded, tiles = _tiles(rows, offsets)
     codes, scale = _pair(width, padded, groups, x.device)
-    along, scale_along = _pair(rows, width, cdiv(width, 128), x.device) if both else (None, None)
     if codes.numel():
-        block = 128 if both else BLOCK
-        retile_columns[(groups, cdiv(width, block))](
-            x, x_scale, source, codes, scale, along, scale_along, offsets, rows, width, experts, x.stride(0),
+        retile_columns[(groups, cdiv(width, BLOCK))](
+            x, x_scale, source, codes, scale, tiles, rows, width, x.stride(0),
             *(x_scale.stride() if x_scale is not None else (0, 0)), codes.stride(0), *scale.stride(),
-            *((along.stride(0), *scale_along.stride()) if both else (0, 0, 0)), max(amax_floor, AMAX_FLOOR),
-            BLOCK=block, BLOCK_E=next_power_of_2(experts + 1), POWER=scale_fmt is not None,
-            SCALED=x_scale is not None, GATHER=source is not None, GROUPED=offsets is not None,
-            PACKED=padded % 4 == 0, ROWS=both, num_warps=8 if both else WARPS,
+            max(amax_floor, AMAX_FLOOR), BLOCK=BLOCK, POWER=scale_fmt is not None, SCALED=x_scale is not None,
+            GATHER=source is not None, GROUPED=offsets is not None, num_warps=4,
         )  # fmt: skip
-    return (along, scale_along, codes, scale) if both else (codes, scale)
+    return codes, scale
+
+
+def quantize_both(x, scale_fmt, amax_floor):
+    """See ``deepseek_v3.kernels.quantize_both``."""
+    rows, width = x.shape
+    groups = cdiv(rows, 128)
+    codes, scale = _pair(width, rows, groups, x.device)
+    along, scale_along = _pair(rows, width, cdiv(width, 128), x.device)
+    if codes.numel():
+        retile_both[(groups, cdiv(width, 128) * (256 // BLOCK))](
+            x, codes, scale, along, scale_along, rows, width, x.stride(0), rows, *scale.stride(), width,
+            *scale_along.stride(), max(amax_floor, AMAX_FLOOR), SIDE=BLOCK, POWER=scale_fmt is not None, num_warps=4,
+        )  # fmt: skip
+    return along, scale_along, codes, scale
+
+
+def _tiles(rows, offsets):
+    """Groups of 128 rows, the rows that they make, and where each expert's rows start a group, the rows of each."""
+    if offsets is None:
+        return cdiv(rows, 128), rows, None
+    experts = offsets.numel() - 1
+    groups = padded_groups(rows, experts)
+    tiles = torch.empty(2, groups, dtype=torch.int32, device=offsets.device)
+    find_tiles[(groups,)](offsets, tiles, experts, BLOCK_E=next_power_of_2(experts + 1), num_warps=4)
+    return groups, groups * 128, tiles
 
 
 def _pair(rows, width, groups, device):
@@ -45,7 +74,7 @@ def swiglu_forward_codes(gate_up, scale_fmt, amax_floor):
     product = _pair(rows, width, width // 128, gate_up.device)
     kept = _pair(rows, 2 * width, 2 * width // 128, gate_up.device)
     if rows:
-        block = 32
+        block = 16
         swiglu_codes[(cdiv(rows, block), width // 128)](
             gate_up, *product, *kept, rows, width, gate_up.stride(0), *product[1].stride(), *kept[1].stride(),
             max(amax_floor, AMAX_FLOOR), BLOCK=block, POWER=scale_fmt is not None, num_warps=4,
@@ -72,20 +101,24 @@ def swiglu_backward(gate_up, scale, grad, weights):
 def swiglu_backward_codes(gate_up, scale, grad, weights, offsets, scale_fmt, amax_floor):
     """See ``deepseek_v3.kernels.swiglu_backward_codes``; 128 divides F."""
     rows, width = grad.shape
-    experts = 0 if offsets is None else offsets.numel() - 1
-    groups = cdiv(rows, 128) if offsets is None else padded_groups(rows, experts)
-    padded = rows if offsets is None else groups * 128
     along = _pair(rows, 2 * width, 2 * width // 128, grad.device)
-    down, product = (_pair(height, padded, groups, grad.device) for height in (2 * width, width))
     share = torch.empty(width // 128 if weights is not None else 0, rows, dtype=torch.float32, device=grad.device)
+    groups, padded, tiles = _tiles(rows, offsets)
+    down, product = (_pair(height, padded, groups, grad.device) for height in (2 * width, width))
+    strides = gate_up.stride(0), *(scale.stride() if scale is not None else (0, 0)), grad.stride(0)
+    kinds = {"POWER": scale_fmt is not None, "SCALED": scale is not None, "WEIGHTED": weights is not None}
+    least = max(amax_floor, AMAX_FLOOR)
     if rows:
-        swiglu_gradient_codes[(groups, width // 128)](
-            gate_up, scale, grad, weights, share, *down, *along, *product, offsets,
-            rows, width, experts, gate_up.stride(0), *(scale.stride() if scale is not None else (0, 0)),
-            grad.stride(0), padded, *down[1].stride(), 2 * width, *along[1].stride(), *product[1].stride(),
-            max(amax_floor, AMAX_FLOOR), BLOCK_E=next_power_of_2(experts + 1), POWER=scale_fmt is not None,
-            SCALED=scale is not None, WEIGHTED=weights is not None, GROUPED=offsets is not None,
-            PACKED=padded % 4 == 0, num_warps=16,
+        block = 16
+        swiglu_gradient_rows[(cdiv(rows, block), width // 128)](
+            gate_up, scale, grad, weights, share, *along, rows, width, *strides, *along[1].stride(), least,
+            BLOCK=block, **kinds, num_warps=4,
+        )  # fmt: skip
+        # Of experts a little over 128 registers, which would leave room for three programs instead of four.
+        swiglu_gradient_columns[(groups, width // BLOCK_SWIGLU)](
+            gate_up, scale, grad, weights, *down, *product, tiles, rows, width, *strides, padded, *down[1].stride(),
+            *product[1].stride(), least, BLOCK=BLOCK_SWIGLU, **kinds, GROUPED=offsets is not None, num_warps=4,
+            maxnreg=None if offsets is None else 128,
         )  # fmt: skip
     return *along, *down, *product, share.sum(0)
 
@@ -98,8 +131,8 @@ def pack_e5m6(x):
     low = torch.empty(rows, groups * 64, dtype=torch.uint8, device=x.device)
     scale = torch.empty(rows, groups, dtype=torch.float32, device=x.device)
     if rows:
-        pack_tiles[(cdiv(rows, 16), groups)](
-            x, high, low, scale, rows, width, x.stride(0), groups, BLOCK=16, num_warps=4
+        pack_tiles[(cdiv(rows, 32), groups)](
+            x, high, low, scale, rows, width, x.stride(0), groups, BLOCK=32, num_warps=4
         )
     return high, low, scale
 

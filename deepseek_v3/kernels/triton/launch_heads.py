@@ -14,10 +14,9 @@ def rotate_queries(q, cos, sin, interleave, back):
     half = cos.shape[2] // 2
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if out.numel():
-        some = HEADS // 2 if back else HEADS
-        rotate_heads[(tokens, cdiv(heads, some), batch)](
+        rotate_heads[(tokens, cdiv(heads, HEADS), batch)](
             q, cos, sin, out, heads, tokens, width - 2 * half, half, *q.stride()[:3], *cos.stride()[:2],
-            INTERLEAVE=interleave, BACK=back, HEADS=some, NOPE=next_power_of_2(max(width - 2 * half, 1)),
+            INTERLEAVE=interleave, BACK=back, HEADS=HEADS, NOPE=next_power_of_2(max(width - 2 * half, 1)),
             HALF=next_power_of_2(half), num_warps=4,
         )  # fmt: skip
     return out

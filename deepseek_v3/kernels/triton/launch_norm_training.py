@@ -26,18 +26,22 @@ def rms_norm_kept(x, residual, weight, eps, dtype):
     return out, total, rstd
 
 
-def rms_norm_backward(grad, total, weight, rstd, through, warps=None, most=None, maxnreg=None):
+def rms_norm_backward(grad, total, weight, rstd, through):
     """See ``deepseek_v3.kernels.norm_training``; all [M, D] with dense rows."""
     rows, width = total.shape
     dx = torch.empty(rows, width, dtype=total.dtype, device=total.device)
     block = next_power_of_2(width)
-    # As many programs as keep the memory busy: wide rows take more registers each.
-    waves = most or max(2, min(16, 16384 // block))
+    # Of narrow rows as many programs as keep the memory busy. A wide row takes a multiprocessor's registers: one
+    # program, which reads the next rows into shared memory while it works on one, if they fit in a card's smallest.
+    wide = block > 2048
+    largest = max(x.element_size() for x in (grad, total, through) if x is not None)
+    ahead = wide and block * largest <= 1 << 14
+    waves = 1 if ahead else max(2, min(16, 16384 // block))
     programs = max(1, min(rows, waves * (processors(total.device.index) if total.is_cuda else 1)))
     partial = torch.empty(programs, width, dtype=torch.float32, device=total.device)
     rms_norm_gradient[(programs,)](
         grad, total, weight, rstd, through, dx, partial, rows, width, grad.stride(0), total.stride(0),
         0 if through is None else through.stride(0), THROUGH=through is not None, BLOCK=block,
-        num_warps=warps or (8 if block > 2048 else 4), maxnreg=maxnreg,
+        STAGES=3 if ahead else 1, num_warps=16 if ahead else 8 if wide else 4,
     )  # fmt: skip
     return dx, partial.sum(0).to(weight.dtype)

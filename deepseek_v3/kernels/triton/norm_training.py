@@ -31,22 +31,24 @@ def rms_norm_kept_rows(
 @triton.jit
 def rms_norm_gradient(
     grad, x, weight, rstd, through, dx, partial, rows, width, g_m, x_m, t_m,
-    THROUGH: tl.constexpr, BLOCK: tl.constexpr,
+    THROUGH: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Every num_programs-th row of dx (plus through), and their sum for the weight: partial [programs, width]."""
     col = tl.arange(0, BLOCK)
     mask = col < width
     w = tl.load(weight + col, mask=mask, other=0.0).to(tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
-    for index in range(tl.program_id(0), rows, tl.num_programs(0)):
+    for index in tl.range(tl.program_id(0), rows, tl.num_programs(0), num_stages=STAGES):
         row = tl.cast(index, tl.int64)
         d = tl.load(grad + row * g_m + col, mask=mask, other=0.0).to(tl.float32)
         scale = tl.load(rstd + row)
         normed = tl.load(x + row * x_m + col, mask=mask, other=0.0).to(tl.float32) * scale
+        if THROUGH:
+            past = tl.load(through + row * t_m + col, mask=mask, other=0.0).to(tl.float32)
         total += d * normed
         inner = d * w
         result = scale * (inner - normed * (tl.sum(inner * normed, 0) / width))
         if THROUGH:
-            result += tl.load(through + row * t_m + col, mask=mask, other=0.0).to(tl.float32)
+            result += past
         tl.store(dx + row * width + col, result.to(dx.dtype.element_ty), mask=mask)
     tl.store(partial + tl.program_id(0) * width + col, total, mask=mask)
