@@ -230,9 +230,7 @@ def _attend(
             top, total, acc = _other(values, keys, tops, topped, weighed, top, total, acc, phase, W, logit, output)
             acc = warpgroup_mma_wait(0, deps=[acc])
             mbarrier.arrive(free.index(2), count=1)
-    _finish(
-        out, lse, totals, done, top, total, acc, b, split, first_row, queries, heads, splits, W, C, logit, output
-    )
+    _finish(out, lse, totals, done, top, total, acc, b, split, first_row, queries, heads, splits, W, C, logit, output)
 
 
 @gluon.jit(do_not_specialize=["slots", "splits", "window"])

@@ -1,0 +1,279 @@
+"""Kernel of the absorbed MLA decode for few query rows on Hopper, in Gluon; of FP8 latents or 16-bit ones.
+
+A program has 16 rows, as many as the tensor cores' smaller products take, and no row of theirs is idle. Each of its
+four warps owns 128 of the 512 latent columns, which are also one group of FP8 codes with a scale of its own: it reads
+these columns alone, for its part of the logits and for its part of the output. The parts of the logits are added up
+through shared memory, the one thing for which the warps meet; each then works out all weights for itself.
+
+Codes are widened in registers on their way from shared memory to the products. So that a thread's 16 bytes hold what
+its registers need, the columns that the products see are permuted: what they sum over in any order, and the columns
+of the output, which are put back in order as the registers are named.
+
+The copy engine fetches tiles ahead. Deterministic: the split depends on shapes alone and the splits are joined in
+order.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.language.extra.cuda import gdc_launch_dependents
+
+from .mla_hopper import share_of
+
+# Layouts of [tokens, columns], as powers of two: registers, lanes, warps. A warp has 128 columns of 512.
+WARPS = gl.constexpr([[0, 128], [0, 256]])
+
+
+@gluon.jit
+def _fetch(
+    latent_tiles, rope_tiles, latents, ropes, full, tile, slot, go, BYTES: gl.constexpr, STAGES: gl.constexpr
+):  # fmt: skip
+    """Start the copy of 32 slots into buffer tile % STAGES, where ``go``."""
+    turn = tile % STAGES
+    bar = full.index(turn)
+    mbarrier.expect(bar, BYTES, pred=go)
+    tma.async_copy_global_to_shared(latent_tiles, [slot, 0], bar, latents.index(turn), pred=go)
+    tma.async_copy_global_to_shared(rope_tiles, [slot, 0], bar, ropes.index(turn), pred=go)
+
+
+@gluon.jit
+def _power_above(x):
+    """The power of two at or above each positive float32; 1 for zero."""
+    bits = (x.to(gl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000
+    return gl.where(x > 0, bits.to(gl.float32, bitcast=True), 1.0)
+
+
+@gluon.jit
+def _along(x, axis: gl.constexpr):
+    """[n] as [4, 16, columns] of one number a group (axis 0) or a row (axis 1)."""
+    if axis == 0:
+        return gl.expand_dims(gl.expand_dims(x, 1), 1)
+    else:
+        return gl.expand_dims(gl.expand_dims(x, 1), 0)
+
+
+@gluon.jit
+def _queries(
+    q_latent, q_rope, first_row, queries, heads, ql_t, ql_h, qr_t, qr_h, CODED: gl.constexpr, mma: gl.constexpr
+):  # fmt: skip
+    """Queries of 16 rows, [4, 16, 128] in the columns' order of ``_keys`` and [4, 16, 16]; and the former's unit.
+
+    Float16, in which codes are exact, has too little range for any query as it comes: for codes the latent part is in
+    units of a power of two a row.
+    """
+    wide: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0])
+    row = first_row + gl.arange(0, 16, gl.SliceLayout(1, wide))
+    at = (row // heads).to(gl.int64) * ql_t + (row % heads).to(gl.int64) * ql_h
+    col = gl.arange(0, 512, gl.SliceLayout(0, wide))
+    q = gl.load(q_latent + at[:, None] + col[None, :], mask=(row < queries * heads)[:, None], other=0.0)
+    unit = gl.full([16], 1.0, gl.float32, gl.SliceLayout(1, wide))
+    if CODED:
+        exact = q.to(gl.float32)
+        unit = _power_above(gl.max(gl.abs(exact), 1))
+        q = (exact / unit[:, None]).to(gl.float16).reshape([16, 4, 4, 2, 4, 2, 2]).permute(1, 0, 3, 4, 5, 2, 6)
+    else:
+        q = q.reshape([16, 4, 2, 4, 4, 2, 2]).permute(1, 0, 2, 4, 5, 3, 6)
+    q = gl.convert_layout(q.reshape([4, 16, 128]), gl.DotOperandLayout(0, mma, 2))
+    narrow: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    row = first_row + gl.arange(0, 16, gl.SliceLayout(1, narrow))
+    at = (row // heads).to(gl.int64) * qr_t + (row % heads).to(gl.int64) * qr_h
+    col = gl.arange(0, 64, gl.SliceLayout(0, narrow))
+    pe = gl.load(q_rope + at[:, None] + col[None, :], mask=(row < queries * heads)[:, None], other=0.0)
+    pe = gl.convert_layout(pe.reshape([16, 4, 16]).permute(1, 0, 2), gl.DotOperandLayout(0, mma, 2))
+    return q, pe, gl.convert_layout(unit, gl.SliceLayout(1, gl.SliceLayout(0, mma)))
+
+
+@gluon.jit
+def _scales(scale, s_s, s_g, slot, last, mma: gl.constexpr):
+    """[4, 32], of the groups of 32 slots; past the last live slot that one's again, never a dead one's."""
+    at = gl.minimum(slot + gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(1, mma))), last).to(gl.int64) * s_s
+    group = gl.arange(0, 4, gl.SliceLayout(1, gl.SliceLayout(1, mma))) * s_g
+    return gl.load(scale + at[None, :] + group[:, None])
+
+
+@gluon.jit
+def _keys(latents, CODED: gl.constexpr, mma: gl.constexpr):
+    """A tile as the logits' operand, [4, 128 columns, 32 slots], the columns permuted. No bank is asked twice."""
+    if CODED:
+        codes: gl.constexpr = gl.DistributedLinearLayout(
+            [[0, 1], [0, 2], [0, 4], [0, 8], [0, 16], [8, 0], [16, 0]],
+            [[0, 32], [0, 64], [1, 0], [2, 0], [4, 0]], WARPS, [], [32, 512],
+        )  # fmt: skip
+        k = latents.load(codes).to(gl.float16).reshape([32, 4, 4, 2, 4, 2, 2]).permute(1, 3, 4, 5, 2, 6, 0)
+    else:
+        halves: gl.constexpr = gl.DistributedLinearLayout(
+            [[0, 1], [0, 2], [0, 4], [0, 8], [0, 64], [8, 0], [16, 0]],
+            [[0, 16], [0, 32], [1, 0], [2, 0], [4, 0]], WARPS, [], [32, 512],
+        )  # fmt: skip
+        k = latents.load(halves).reshape([32, 4, 2, 4, 4, 2, 2]).permute(1, 2, 4, 5, 3, 6, 0)
+    return gl.convert_layout(k.reshape([4, 128, 32]), gl.DotOperandLayout(1, mma, 2), assert_trivial=True)
+
+
+@gluon.jit
+def _roped(ropes, mma: gl.constexpr):
+    """A tile's roped keys, [4, 16 columns, 32 slots]: a quarter of the columns a warp."""
+    quarter: gl.constexpr = gl.DistributedLinearLayout(
+        [[0, 1], [0, 8], [8, 0], [16, 0]], [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]], [[0, 16], [0, 32]], [], [32, 64]
+    )
+    k = ropes.load(quarter).reshape([32, 4, 16]).permute(1, 2, 0)
+    return gl.convert_layout(k, gl.DotOperandLayout(1, mma, 2), assert_trivial=True)
+
+
+@gluon.jit
+def _values(latents, CODED: gl.constexpr, mma: gl.constexpr):
+    """A tile as the output's operand, [4, 32 slots, 128 columns], the columns permuted."""
+    if CODED:
+        codes: gl.constexpr = gl.DistributedLinearLayout(
+            [[0, 1], [0, 2], [0, 4], [0, 8], [1, 0], [8, 0], [16, 0]],
+            [[2, 0], [4, 0], [0, 16], [0, 32], [0, 64]], WARPS, [], [32, 512],
+        )  # fmt: skip
+        v = latents.load(codes).to(gl.float16).reshape([32, 4, 8, 16]).permute(1, 0, 3, 2)
+    else:
+        halves: gl.constexpr = gl.DistributedLinearLayout(
+            [[0, 1], [0, 2], [0, 4], [0, 64], [1, 0], [8, 0], [16, 0]],
+            [[2, 0], [4, 0], [0, 8], [0, 16], [0, 32]], WARPS, [], [32, 512],
+        )  # fmt: skip
+        v = latents.load(halves).reshape([32, 4, 2, 8, 8]).permute(1, 0, 2, 4, 3)
+    return gl.convert_layout(v.reshape([4, 32, 128]), gl.DotOperandLayout(1, mma, 2), assert_trivial=True)
+
+
+@gluon.jit
+def _in_order(acc, CODED: gl.constexpr):
+    """The output [4, 16, 128] as [16, 512], its columns put back in order."""
+    if CODED:
+        codes: gl.constexpr = gl.DistributedLinearLayout(
+            [[0, 1], [0, 2], [0, 4], [0, 8], [0, 16], [8, 0]],
+            [[0, 32], [0, 64], [1, 0], [2, 0], [4, 0]], WARPS, [], [16, 512],
+        )  # fmt: skip
+        acc = acc.reshape([4, 16, 16, 8]).permute(1, 0, 3, 2).reshape([16, 512])
+        return gl.convert_layout(acc, codes, assert_trivial=True)
+    else:
+        halves: gl.constexpr = gl.DistributedLinearLayout(
+            [[0, 1], [0, 2], [0, 4], [0, 64], [0, 8], [8, 0]],
+            [[0, 16], [0, 32], [1, 0], [2, 0], [4, 0]], WARPS, [], [16, 512],
+        )  # fmt: skip
+        acc = acc.reshape([4, 16, 2, 8, 8]).permute(1, 0, 2, 4, 3).reshape([16, 512])
+        return gl.convert_layout(acc, halves, assert_trivial=True)
+
+
+@gluon.jit
+def _joined(parts, mma: gl.constexpr):
+    """The sum [16, 32] of the warps' parts [4, 16, 32], in order, for each warp."""
+    every: gl.constexpr = gl.DistributedLinearLayout(
+        [[0, 0, 1], [0, 8, 0], [0, 0, 8], [0, 0, 16], [1, 0, 0], [2, 0, 0]],
+        [[0, 0, 2], [0, 0, 4], [0, 1, 0], [0, 2, 0], [0, 4, 0]], [[0, 0, 0], [0, 0, 0]], [], [4, 16, 32],
+    )  # fmt: skip
+    return gl.convert_layout(gl.sum(parts.load(every), 0), gl.SliceLayout(0, mma), assert_trivial=True)
+
+
+@gluon.jit
+def _step(logits, top, total):
+    """New maximum and sum of base-2 logits, the weights, and how much the past fades."""
+    new_top = gl.maximum(top, gl.max(logits, 1))
+    base = gl.where(new_top == float("-inf"), 0.0, new_top)
+    weights = gl.exp2(logits - base[:, None])
+    fade = gl.exp2(top - base)
+    return new_top, total * fade + gl.sum(weights, 1), weights, fade
+
+
+@gluon.jit
+def _store(out, acc, b, split, first_row, queries, heads, splits):
+    flat: gl.constexpr = acc.type.layout
+    row = first_row + gl.arange(0, 16, gl.SliceLayout(1, flat))
+    place = (b * queries * heads + row) * splits + split
+    at = out + place[:, None] * 512 + gl.arange(0, 512, gl.SliceLayout(0, flat))[None, :]
+    gl.store(at, acc.to(out.dtype.element_ty), mask=(row < queries * heads)[:, None])
+
+
+@gluon.jit(do_not_specialize=["slots", "splits", "window"])
+def mla_split_few_hopper(
+    q_latent, q_rope, latent, rope, latent_scale, lengths, starts, out, lse,
+    queries, heads, scale_log2,
+    ql_b, ql_t, ql_h, qr_b, qr_t, qr_h, c_b, c_s, r_b, r_s, s_b, s_s, s_g, slots, splits, window,
+    LENGTHS: gl.constexpr, STARTS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """As ``mla_split`` for C = 512, R = 64: out [B, T * H, splits, C] normalised, lse [B, T * H, splits]."""
+    CODED: gl.constexpr = latent.dtype.element_ty == gl.float8e4nv
+    BITS: gl.constexpr = latent.dtype.element_ty.primitive_bitwidth
+    BYTES: gl.constexpr = 32 * (64 * BITS + 128)
+    mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [4, 1, 1], [1, 16, 8])
+    rows: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(0, mma))
+    wide: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=BITS, rank=2)
+    narrow: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    gdc_launch_dependents()
+    split = gl.program_id(1)
+    b = gl.program_id(2).to(gl.int64)
+    first_row = gl.program_id(0) * 16
+    row = first_row + gl.arange(0, 16, rows)
+    length, begin, tiles, low, high = share_of(
+        lengths, starts, b, row // heads, split, queries, slots, splits, window, 32, LENGTHS, STARTS
+    )
+    # Descriptors that end at this row's length: the copy engine fills what lies beyond with zeros.
+    room = gl.maximum(length, 1)
+    latent_tiles = tma.make_tensor_descriptor(latent + b * c_b, [room, 512], [c_s, 1], [32, 512], wide)
+    rope_tiles = tma.make_tensor_descriptor(rope + b * r_b, [room, 64], [r_s, 1], [32, 64], narrow)
+    latents = gl.allocate_shared_memory(latent.dtype.element_ty, [STAGES, 32, 512], wide)
+    ropes = gl.allocate_shared_memory(rope.dtype.element_ty, [STAGES, 32, 64], narrow)
+    parts = gl.allocate_shared_memory(gl.float32, [2, 4, 16, 32], gl.SwizzledSharedLayout(8, 1, 4, [2, 1, 0]))
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+    fence_async_shared()
+    gl.thread_barrier()
+    for i in gl.static_range(STAGES):
+        _fetch(latent_tiles, rope_tiles, latents, ropes, full, i, begin + i * 32, i < tiles, BYTES, STAGES)
+    q, pe, unit = _queries(
+        q_latent + b * ql_b, q_rope + b * qr_b, first_row, queries, heads, ql_t, ql_h, qr_t, qr_h, CODED, mma
+    )
+    if CODED:
+        last = gl.maximum(length - 1, 0)
+        scale = latent_scale + b * s_b
+        size = _scales(scale, s_s, s_g, begin, last, mma)
+        next_size = _scales(scale, s_s, s_g, begin + 32, last, mma)
+
+    top = gl.full([16], float("-inf"), gl.float32, rows)
+    total = gl.zeros([16], gl.float32, rows)
+    largest = gl.zeros([4], gl.float32, gl.SliceLayout(1, gl.SliceLayout(1, mma)))
+    acc = gl.zeros([4, 16, 128], gl.float32, mma)
+    for i in range(tiles):
+        turn = i % STAGES
+        mbarrier.wait(full.index(turn), i // STAGES & 1)
+        part = mma_v2(q, _keys(latents.index(turn), CODED, mma), gl.zeros([4, 16, 32], gl.float32, mma))
+        if CODED:
+            part = part * gl.expand_dims(size, 1) * _along(unit, 1)
+        part = mma_v2(pe, _roped(ropes.index(turn), mma), part)
+        parts.index(i % 2).store(part)
+        gl.thread_barrier()
+        # All warps are through with the tile before this one.
+        ahead = i - 1 + STAGES
+        go = (i > 0) & (ahead < tiles)
+        _fetch(latent_tiles, rope_tiles, latents, ropes, full, ahead, begin + ahead * 32, go, BYTES, STAGES)
+        logits = _joined(parts.index(i % 2), mma)
+        slot = begin + i * 32 + gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(0, mma)))
+        seen = (slot[None, :] < high[:, None]) & (slot[None, :] >= low[:, None])
+        top, total, weights, fade = _step(gl.where(seen, logits * scale_log2, float("-inf")), top, total)
+        fades = _along(fade, 1)
+        weights = gl.expand_dims(weights, 0)
+        if CODED:
+            # Weights times scales are taken relative to the group's largest scale so far, again for float16's sake.
+            new_largest = gl.maximum(largest, _power_above(gl.max(size, 1)))
+            fades = fades * _along(largest / new_largest, 0)
+            largest = new_largest
+            rounded = (weights * gl.expand_dims(size * gl.expand_dims(1.0 / largest, 1), 1)).to(gl.float16)
+            size = next_size
+            # Two tiles ahead, and after the copies' fence, which would wait for them.
+            next_size = _scales(scale, s_s, s_g, begin + (i + 2) * 32, last, mma)
+        else:
+            rounded = weights.to(latent.dtype.element_ty) + gl.zeros([4, 16, 32], latent.dtype.element_ty, mma)
+        rounded = gl.convert_layout(rounded, gl.DotOperandLayout(0, mma, 2), assert_trivial=True)
+        acc = mma_v2(rounded, _values(latents.index(turn), CODED, mma), acc * fades)
+
+    empty = total == 0.0
+    total = gl.where(empty, 1.0, total)
+    # 0.6931... is ln 2: the log-sum-exp is handed on in base e.
+    value = gl.where(empty, float("-inf"), (top + gl.log2(total)) * 0.6931471805599453)
+    gl.store(lse + (b * queries * heads + row) * splits + split, value, mask=row < queries * heads)
+    if CODED:
+        acc = acc * _along(largest, 0)
+    _store(out, _in_order(acc / _along(total, 1), CODED), b, split, first_row, queries, heads, splits)
