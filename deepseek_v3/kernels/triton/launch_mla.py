@@ -120,7 +120,7 @@ def split_kernel(tiling, q_latent, q_rope, latent, rope, latent_scale, lengths, 
     if latent_scale is not None:
         strides = (*strides, *latent_scale.stride())
         if tiling.gluon:
-            name, constants = "mla_split_few_hopper", options | {"STAGES": tiling.stages} | warps
+            name, constants = "mla_split_few_hopper", options | {"STAGES": tiling.stages, "N": tiling.slots} | warps
         else:
             name, constants = "mla_split_fp8", widths | blocks | options | warps
     elif tiling.gluon:

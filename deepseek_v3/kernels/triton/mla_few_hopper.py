@@ -21,15 +21,45 @@ from triton.language.extra.cuda import gdc_launch_dependents
 
 from .mla_hopper import share_of
 
-# Layouts of [tokens, columns], as powers of two: registers, lanes, warps. A warp has 128 columns of 512.
-WARPS = gl.constexpr([[0, 128], [0, 256]])
+
+@gluon.constexpr_function
+def layout_of(kind, coded, slots=16):
+    """How the registers, lanes and warps hold [slots, columns], or the output [rows, columns]; 128 columns a warp."""
+
+    def columns(*powers):
+        return [[0, power] for power in powers]
+
+    tokens = [[1 << power, 0] for power in range(slots.bit_length() - 1)]
+    warps, shape = columns(128, 256), [slots, 512]
+    if kind == "keys":
+        registers, lanes = (columns(16), columns(32, 64)) if coded else (columns(64), columns(16, 32))
+        registers, lanes = columns(1, 2, 4, 8) + registers + tokens[3:], lanes + tokens[:3]
+    elif kind == "values":
+        registers, lanes = (columns(8), columns(16, 32, 64)) if coded else (columns(64), columns(8, 16, 32))
+        registers, lanes = columns(1, 2, 4) + registers + tokens[:1] + tokens[3:], tokens[1:3] + lanes
+    elif kind == "ropes":
+        registers, lanes, warps = columns(1, 8) + tokens[3:], columns(2, 4) + tokens[:3], columns(16, 32)
+        shape = [slots, 64]
+    else:
+        registers, lanes = (columns(8, 16), columns(32, 64)) if coded else (columns(64, 8), columns(16, 32))
+        registers, lanes = columns(1, 2, 4) + registers + tokens[3:], lanes + tokens[:3]
+    return gl.DistributedLinearLayout(registers, lanes, warps, [], shape)
+
+
+@gluon.constexpr_function
+def parts_of(slots):
+    """How every warp holds all four parts of the logits, [4, 16 rows, slots]."""
+    registers = [[0, 0, 1], [0, 8, 0], *([0, 0, 8 << i] for i in range((slots // 8).bit_length() - 1))]
+    lanes = [[0, 0, 2], [0, 0, 4], [0, 1, 0], [0, 2, 0], [0, 4, 0]]
+    registers += [[1, 0, 0], [2, 0, 0]]
+    return gl.DistributedLinearLayout(registers, lanes, [[0, 0, 0], [0, 0, 0]], [], [4, 16, slots])
 
 
 @gluon.jit
 def _fetch(
     latent_tiles, rope_tiles, latents, ropes, full, tile, slot, go, BYTES: gl.constexpr, STAGES: gl.constexpr
 ):  # fmt: skip
-    """Start the copy of 32 slots into buffer tile % STAGES, where ``go``."""
+    """Start the copy of a tile into buffer tile % STAGES, where ``go``."""
     turn = tile % STAGES
     bar = full.index(turn)
     mbarrier.expect(bar, BYTES, pred=go)
@@ -85,86 +115,56 @@ def _queries(
 
 
 @gluon.jit
-def _scales(scale, s_s, s_g, slot, last, mma: gl.constexpr):
-    """[4, 32], of the groups of 32 slots; past the last live slot that one's again, never a dead one's."""
-    at = gl.minimum(slot + gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(1, mma))), last).to(gl.int64) * s_s
+def _scales(scale, s_s, s_g, slot, last, N: gl.constexpr, mma: gl.constexpr):
+    """[4, N], of the groups of N slots; past the last live slot that one's again, never a dead one's."""
+    at = gl.minimum(slot + gl.arange(0, N, gl.SliceLayout(0, gl.SliceLayout(1, mma))), last).to(gl.int64) * s_s
     group = gl.arange(0, 4, gl.SliceLayout(1, gl.SliceLayout(1, mma))) * s_g
     return gl.load(scale + at[None, :] + group[:, None])
 
 
 @gluon.jit
-def _keys(latents, CODED: gl.constexpr, mma: gl.constexpr):
-    """A tile as the logits' operand, [4, 128 columns, 32 slots], the columns permuted. No bank is asked twice."""
+def _keys(latents, N: gl.constexpr, CODED: gl.constexpr, mma: gl.constexpr):
+    """A tile as the logits' operand, [4, 128 columns, N slots], the columns permuted. No bank is asked twice."""
+    k = latents.load(layout_of("keys", CODED, N))
     if CODED:
-        codes: gl.constexpr = gl.DistributedLinearLayout(
-            [[0, 1], [0, 2], [0, 4], [0, 8], [0, 16], [8, 0], [16, 0]],
-            [[0, 32], [0, 64], [1, 0], [2, 0], [4, 0]], WARPS, [], [32, 512],
-        )  # fmt: skip
-        k = latents.load(codes).to(gl.float16).reshape([32, 4, 4, 2, 4, 2, 2]).permute(1, 3, 4, 5, 2, 6, 0)
+        k = k.to(gl.float16).reshape([N, 4, 4, 2, 4, 2, 2]).permute(1, 3, 4, 5, 2, 6, 0)
     else:
-        halves: gl.constexpr = gl.DistributedLinearLayout(
-            [[0, 1], [0, 2], [0, 4], [0, 8], [0, 64], [8, 0], [16, 0]],
-            [[0, 16], [0, 32], [1, 0], [2, 0], [4, 0]], WARPS, [], [32, 512],
-        )  # fmt: skip
-        k = latents.load(halves).reshape([32, 4, 2, 4, 4, 2, 2]).permute(1, 2, 4, 5, 3, 6, 0)
-    return gl.convert_layout(k.reshape([4, 128, 32]), gl.DotOperandLayout(1, mma, 2), assert_trivial=True)
+        k = k.reshape([N, 4, 2, 4, 4, 2, 2]).permute(1, 2, 4, 5, 3, 6, 0)
+    return gl.convert_layout(k.reshape([4, 128, N]), gl.DotOperandLayout(1, mma, 2), assert_trivial=True)
 
 
 @gluon.jit
-def _roped(ropes, mma: gl.constexpr):
-    """A tile's roped keys, [4, 16 columns, 32 slots]: a quarter of the columns a warp."""
-    quarter: gl.constexpr = gl.DistributedLinearLayout(
-        [[0, 1], [0, 8], [8, 0], [16, 0]], [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]], [[0, 16], [0, 32]], [], [32, 64]
-    )
-    k = ropes.load(quarter).reshape([32, 4, 16]).permute(1, 2, 0)
+def _roped(ropes, N: gl.constexpr, mma: gl.constexpr):
+    """A tile's roped keys, [4, 16 columns, N slots]: a quarter of the columns a warp."""
+    k = ropes.load(layout_of("ropes", False, N)).reshape([N, 4, 16]).permute(1, 2, 0)
     return gl.convert_layout(k, gl.DotOperandLayout(1, mma, 2), assert_trivial=True)
 
 
 @gluon.jit
-def _values(latents, CODED: gl.constexpr, mma: gl.constexpr):
-    """A tile as the output's operand, [4, 32 slots, 128 columns], the columns permuted."""
+def _values(latents, N: gl.constexpr, CODED: gl.constexpr, mma: gl.constexpr):
+    """A tile as the output's operand, [4, N slots, 128 columns], the columns permuted."""
+    v = latents.load(layout_of("values", CODED, N))
     if CODED:
-        codes: gl.constexpr = gl.DistributedLinearLayout(
-            [[0, 1], [0, 2], [0, 4], [0, 8], [1, 0], [8, 0], [16, 0]],
-            [[2, 0], [4, 0], [0, 16], [0, 32], [0, 64]], WARPS, [], [32, 512],
-        )  # fmt: skip
-        v = latents.load(codes).to(gl.float16).reshape([32, 4, 8, 16]).permute(1, 0, 3, 2)
+        v = v.to(gl.float16).reshape([N, 4, 8, 16]).permute(1, 0, 3, 2)
     else:
-        halves: gl.constexpr = gl.DistributedLinearLayout(
-            [[0, 1], [0, 2], [0, 4], [0, 64], [1, 0], [8, 0], [16, 0]],
-            [[2, 0], [4, 0], [0, 8], [0, 16], [0, 32]], WARPS, [], [32, 512],
-        )  # fmt: skip
-        v = latents.load(halves).reshape([32, 4, 2, 8, 8]).permute(1, 0, 2, 4, 3)
-    return gl.convert_layout(v.reshape([4, 32, 128]), gl.DotOperandLayout(1, mma, 2), assert_trivial=True)
+        v = v.reshape([N, 4, 2, 8, 8]).permute(1, 0, 2, 4, 3)
+    return gl.convert_layout(v.reshape([4, N, 128]), gl.DotOperandLayout(1, mma, 2), assert_trivial=True)
 
 
 @gluon.jit
 def _in_order(acc, CODED: gl.constexpr):
     """The output [4, 16, 128] as [16, 512], its columns put back in order."""
     if CODED:
-        codes: gl.constexpr = gl.DistributedLinearLayout(
-            [[0, 1], [0, 2], [0, 4], [0, 8], [0, 16], [8, 0]],
-            [[0, 32], [0, 64], [1, 0], [2, 0], [4, 0]], WARPS, [], [16, 512],
-        )  # fmt: skip
-        acc = acc.reshape([4, 16, 16, 8]).permute(1, 0, 3, 2).reshape([16, 512])
-        return gl.convert_layout(acc, codes, assert_trivial=True)
+        acc = acc.reshape([4, 16, 16, 8]).permute(1, 0, 3, 2)
     else:
-        halves: gl.constexpr = gl.DistributedLinearLayout(
-            [[0, 1], [0, 2], [0, 4], [0, 64], [0, 8], [8, 0]],
-            [[0, 16], [0, 32], [1, 0], [2, 0], [4, 0]], WARPS, [], [16, 512],
-        )  # fmt: skip
-        acc = acc.reshape([4, 16, 2, 8, 8]).permute(1, 0, 2, 4, 3).reshape([16, 512])
-        return gl.convert_layout(acc, halves, assert_trivial=True)
+        acc = acc.reshape([4, 16, 2, 8, 8]).permute(1, 0, 2, 4, 3)
+    return gl.convert_layout(acc.reshape([16, 512]), layout_of("output", CODED), assert_trivial=True)
 
 
 @gluon.jit
-def _joined(parts, mma: gl.constexpr):
-    """The sum [16, 32] of the warps' parts [4, 16, 32], in order, for each warp."""
-    every: gl.constexpr = gl.DistributedLinearLayout(
-        [[0, 0, 1], [0, 8, 0], [0, 0, 8], [0, 0, 16], [1, 0, 0], [2, 0, 0]],
-        [[0, 0, 2], [0, 0, 4], [0, 1, 0], [0, 2, 0], [0, 4, 0]], [[0, 0, 0], [0, 0, 0]], [], [4, 16, 32],
-    )  # fmt: skip
-    return gl.convert_layout(gl.sum(parts.load(every), 0), gl.SliceLayout(0, mma), assert_trivial=True)
+def _joined(parts, N: gl.constexpr, mma: gl.constexpr):
+    """The sum [16, N] of the warps' parts [4, 16, N], in order, for each warp."""
+    return gl.convert_layout(gl.sum(parts.load(parts_of(N)), 0), gl.SliceLayout(0, mma), assert_trivial=True)
 
 
 @gluon.jit
@@ -191,12 +191,12 @@ def mla_split_few_hopper(
     q_latent, q_rope, latent, rope, latent_scale, lengths, starts, out, lse,
     queries, heads, scale_log2,
     ql_b, ql_t, ql_h, qr_b, qr_t, qr_h, c_b, c_s, r_b, r_s, s_b, s_s, s_g, slots, splits, window,
-    LENGTHS: gl.constexpr, STARTS: gl.constexpr, STAGES: gl.constexpr,
+    LENGTHS: gl.constexpr, STARTS: gl.constexpr, STAGES: gl.constexpr, N: gl.constexpr,
 ):  # fmt: skip
     """As ``mla_split`` for C = 512, R = 64: out [B, T * H, splits, C] normalised, lse [B, T * H, splits]."""
     CODED: gl.constexpr = latent.dtype.element_ty == gl.float8e4nv
     BITS: gl.constexpr = latent.dtype.element_ty.primitive_bitwidth
-    BYTES: gl.constexpr = 32 * (64 * BITS + 128)
+    BYTES: gl.constexpr = N * (64 * BITS + 128)
     mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [4, 1, 1], [1, 16, 8])
     rows: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(0, mma))
     wide: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=BITS, rank=2)
@@ -207,30 +207,29 @@ def mla_split_few_hopper(
     first_row = gl.program_id(0) * 16
     row = first_row + gl.arange(0, 16, rows)
     length, begin, tiles, low, high = share_of(
-        lengths, starts, b, row // heads, split, queries, slots, splits, window, 32, LENGTHS, STARTS
+        lengths, starts, b, row // heads, split, queries, slots, splits, window, N, LENGTHS, STARTS
     )
     # Descriptors that end at this row's length: the copy engine fills what lies beyond with zeros.
     room = gl.maximum(length, 1)
-    latent_tiles = tma.make_tensor_descriptor(latent + b * c_b, [room, 512], [c_s, 1], [32, 512], wide)
-    rope_tiles = tma.make_tensor_descriptor(rope + b * r_b, [room, 64], [r_s, 1], [32, 64], narrow)
-    latents = gl.allocate_shared_memory(latent.dtype.element_ty, [STAGES, 32, 512], wide)
-    ropes = gl.allocate_shared_memory(rope.dtype.element_ty, [STAGES, 32, 64], narrow)
-    parts = gl.allocate_shared_memory(gl.float32, [2, 4, 16, 32], gl.SwizzledSharedLayout(8, 1, 4, [2, 1, 0]))
+    latent_tiles = tma.make_tensor_descriptor(latent + b * c_b, [room, 512], [c_s, 1], [N, 512], wide)
+    rope_tiles = tma.make_tensor_descriptor(rope + b * r_b, [room, 64], [r_s, 1], [N, 64], narrow)
+    latents = gl.allocate_shared_memory(latent.dtype.element_ty, [STAGES, N, 512], wide)
+    ropes = gl.allocate_shared_memory(rope.dtype.element_ty, [STAGES, N, 64], narrow)
+    parts = gl.allocate_shared_memory(gl.float32, [4, 16, N], gl.SwizzledSharedLayout(8, 1, N // 8, [2, 1, 0]))
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
     fence_async_shared()
     gl.thread_barrier()
     for i in gl.static_range(STAGES):
-        _fetch(latent_tiles, rope_tiles, latents, ropes, full, i, begin + i * 32, i < tiles, BYTES, STAGES)
+        _fetch(latent_tiles, rope_tiles, latents, ropes, full, i, begin + i * N, i < tiles, BYTES, STAGES)
     q, pe, unit = _queries(
         q_latent + b * ql_b, q_rope + b * qr_b, first_row, queries, heads, ql_t, ql_h, qr_t, qr_h, CODED, mma
     )
     if CODED:
         last = gl.maximum(length - 1, 0)
         scale = latent_scale + b * s_b
-        size = _scales(scale, s_s, s_g, begin, last, mma)
-        next_size = _scales(scale, s_s, s_g, begin + 32, last, mma)
+        next_size = _scales(scale, s_s, s_g, begin, last, N, mma)
 
     top = gl.full([16], float("-inf"), gl.float32, rows)
     total = gl.zeros([16], gl.float32, rows)
@@ -238,19 +237,23 @@ def mla_split_few_hopper(
     acc = gl.zeros([4, 16, 128], gl.float32, mma)
     for i in range(tiles):
         turn = i % STAGES
-        mbarrier.wait(full.index(turn), i // STAGES & 1)
-        part = mma_v2(q, _keys(latents.index(turn), CODED, mma), gl.zeros([4, 16, 32], gl.float32, mma))
-        if CODED:
-            part = part * gl.expand_dims(size, 1) * _along(unit, 1)
-        part = mma_v2(pe, _roped(ropes.index(turn), mma), part)
-        parts.index(i % 2).store(part)
+        # All warps are through with the tile before this one and with the parts of its logits.
         gl.thread_barrier()
-        # All warps are through with the tile before this one.
         ahead = i - 1 + STAGES
         go = (i > 0) & (ahead < tiles)
-        _fetch(latent_tiles, rope_tiles, latents, ropes, full, ahead, begin + ahead * 32, go, BYTES, STAGES)
-        logits = _joined(parts.index(i % 2), mma)
-        slot = begin + i * 32 + gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(0, mma)))
+        _fetch(latent_tiles, rope_tiles, latents, ropes, full, ahead, begin + ahead * N, go, BYTES, STAGES)
+        if CODED:
+            # After the fence of the copies, which would wait for these reads.
+            size = next_size
+            next_size = _scales(scale, s_s, s_g, begin + (i + 1) * N, last, N, mma)
+        mbarrier.wait(full.index(turn), i // STAGES & 1)
+        part = mma_v2(q, _keys(latents.index(turn), N, CODED, mma), gl.zeros([4, 16, N], gl.float32, mma))
+        if CODED:
+            part = part * gl.expand_dims(size, 1) * _along(unit, 1)
+        parts.store(mma_v2(pe, _roped(ropes.index(turn), N, mma), part))
+        gl.thread_barrier()
+        logits = _joined(parts, N, mma)
+        slot = begin + i * N + gl.arange(0, N, gl.SliceLayout(0, gl.SliceLayout(0, mma)))
         seen = (slot[None, :] < high[:, None]) & (slot[None, :] >= low[:, None])
         top, total, weights, fade = _step(gl.where(seen, logits * scale_log2, float("-inf")), top, total)
         fades = _along(fade, 1)
@@ -261,13 +264,10 @@ def mla_split_few_hopper(
             fades = fades * _along(largest / new_largest, 0)
             largest = new_largest
             rounded = (weights * gl.expand_dims(size * gl.expand_dims(1.0 / largest, 1), 1)).to(gl.float16)
-            size = next_size
-            # Two tiles ahead, and after the copies' fence, which would wait for them.
-            next_size = _scales(scale, s_s, s_g, begin + (i + 2) * 32, last, mma)
         else:
-            rounded = weights.to(latent.dtype.element_ty) + gl.zeros([4, 16, 32], latent.dtype.element_ty, mma)
+            rounded = weights.to(latent.dtype.element_ty) + gl.zeros([4, 16, N], latent.dtype.element_ty, mma)
         rounded = gl.convert_layout(rounded, gl.DotOperandLayout(0, mma, 2), assert_trivial=True)
-        acc = mma_v2(rounded, _values(latents.index(turn), CODED, mma), acc * fades)
+        acc = mma_v2(rounded, _values(latents.index(turn), N, CODED, mma), acc * fades)
 
     empty = total == 0.0
     total = gl.where(empty, 1.0, total)

@@ -103,7 +103,7 @@ FEW_ROWS = AttentionTiling(rows=16, slots=64, halves=1, stages=3, warps=4, tma=F
 SOME_ROWS = AttentionTiling(rows=32, slots=64, halves=1, stages=3, warps=4, tma=False)
 MANY_ROWS = AttentionTiling(rows=64, slots=64, halves=2, stages=2, warps=4, tma=True)
 FEW_ROWS_FP8_BY_HAND = AttentionTiling(
-    rows=16, slots=32, halves=1, stages=3, warps=4, tma=True, gluon=True, least=4, programs=2
+    rows=16, slots=64, halves=1, stages=2, warps=4, tma=True, gluon=True, least=2, programs=2
 )
 # Two tiles of 64 slots at a time; below two such pairs a split is no faster, and there are more of them to join.
 MANY_ROWS_BY_HAND = AttentionTiling(rows=64, slots=128, halves=1, stages=2, warps=4, tma=True, gluon=True, least=2)
