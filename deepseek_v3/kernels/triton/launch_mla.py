@@ -120,7 +120,7 @@ def split_kernel(tiling, q_latent, q_rope, latent, rope, latent_scale, lengths, 
     if latent_scale is not None:
         strides = (*strides, *latent_scale.stride())
         if tiling.gluon:
-            name, constants = "mla_split_few_hopper", options | {"STAGES": tiling.stages, "N": tiling.slots} | warps
+            name, constants = "mla_split_fp8_hopper", options | {"STAGES": tiling.stages, "N": tiling.slots} | warps
         else:
             name, constants = "mla_split_fp8", widths | blocks | options | warps
     elif tiling.gluon:
@@ -138,10 +138,10 @@ def _launcher(name):
         from .mla_hopper import mla_split_hopper
 
         return Launcher(mla_split_hopper)
-    if name == "mla_split_few_hopper":
-        from .mla_few_hopper import mla_split_few_hopper
+    if name == "mla_split_fp8_hopper":
+        from .mla_fp8_hopper import mla_split_fp8_hopper
 
-        return Launcher(mla_split_few_hopper)
+        return Launcher(mla_split_fp8_hopper)
     return Launcher({"mla_split": mla_split, "mla_split_fp8": mla_split_fp8}[name])
 
 

@@ -1,16 +1,16 @@
-"""Kernel of the absorbed MLA decode for few query rows on Hopper, in Gluon; of FP8 latents or 16-bit ones.
+"""Kernel of the absorbed MLA decode over FP8 latents for few query rows on Hopper, in Gluon.
 
-A program has 16 rows, as many as the tensor cores' smaller products take, and no row of theirs is idle. Each of its
-four warps owns 128 of the 512 latent columns, which are also one group of FP8 codes with a scale of its own: it reads
-these columns alone, for its part of the logits and for its part of the output. The parts of the logits are added up
-through shared memory, the one thing for which the warps meet; each then works out all weights for itself.
+A program has 16 rows, as many as the tensor cores' smaller products take, so that no row of theirs is idle. Each of
+its four warps owns a group of 128 of the 512 columns, with scales of its own: it reads their codes alone, for its
+part of the logits and for its part of the output. The parts of the logits are added up through shared memory, the one
+thing for which the warps meet; each then works out all weights for itself.
 
-Codes are widened in registers on their way from shared memory to the products. So that a thread's 16 bytes hold what
-its registers need, the columns that the products see are permuted: what they sum over in any order, and the columns
-of the output, which are put back in order as the registers are named.
+Codes are widened to float16, in which they are exact, in registers on their way from shared memory to the products. So
+that a thread's 16 bytes hold what its registers need, the columns that the products see are permuted: those that they
+sum over in any order, and those of the output, which are put back in order as the registers are named.
 
-The copy engine fetches tiles ahead. Deterministic: the split depends on shapes alone and the splits are joined in
-order.
+The copy engine fetches a tile ahead, and two programs share a multiprocessor. Deterministic: the split depends on
+shapes alone and the splits are joined in order.
 """
 
 from triton.experimental import gluon
@@ -23,8 +23,11 @@ from .mla_hopper import share_of
 
 
 @gluon.constexpr_function
-def layout_of(kind, coded, slots=16):
-    """How the registers, lanes and warps hold [slots, columns], or the output [rows, columns]; 128 columns a warp."""
+def layout_of(kind, slots=16):
+    """How the registers, lanes and warps hold [slots, columns], or the output [rows, columns]; 128 columns a warp.
+
+    No two lanes that read at once ask the same bank of shared memory.
+    """
 
     def columns(*powers):
         return [[0, power] for power in powers]
@@ -32,17 +35,14 @@ def layout_of(kind, coded, slots=16):
     tokens = [[1 << power, 0] for power in range(slots.bit_length() - 1)]
     warps, shape = columns(128, 256), [slots, 512]
     if kind == "keys":
-        registers, lanes = (columns(16), columns(32, 64)) if coded else (columns(64), columns(16, 32))
-        registers, lanes = columns(1, 2, 4, 8) + registers + tokens[3:], lanes + tokens[:3]
+        registers, lanes = columns(1, 2, 4, 8, 16) + tokens[3:], columns(32, 64) + tokens[:3]
     elif kind == "values":
-        registers, lanes = (columns(8), columns(16, 32, 64)) if coded else (columns(64), columns(8, 16, 32))
-        registers, lanes = columns(1, 2, 4) + registers + tokens[:1] + tokens[3:], tokens[1:3] + lanes
+        registers, lanes = columns(1, 2, 4, 8) + tokens[:1] + tokens[3:], tokens[1:3] + columns(16, 32, 64)
     elif kind == "ropes":
         registers, lanes, warps = columns(1, 8) + tokens[3:], columns(2, 4) + tokens[:3], columns(16, 32)
         shape = [slots, 64]
     else:
-        registers, lanes = (columns(8, 16), columns(32, 64)) if coded else (columns(64, 8), columns(16, 32))
-        registers, lanes = columns(1, 2, 4) + registers + tokens[3:], lanes + tokens[:3]
+        registers, lanes = columns(1, 2, 4, 8, 16) + tokens[3:], columns(32, 64) + tokens[:3]
     return gl.DistributedLinearLayout(registers, lanes, warps, [], shape)
 
 
@@ -57,13 +57,13 @@ def parts_of(slots):
 
 @gluon.jit
 def _fetch(
-    latent_tiles, rope_tiles, latents, ropes, full, tile, slot, go, BYTES: gl.constexpr, STAGES: gl.constexpr
+    code_tiles, rope_tiles, codes, ropes, full, tile, slot, go, N: gl.constexpr, STAGES: gl.constexpr
 ):  # fmt: skip
     """Start the copy of a tile into buffer tile % STAGES, where ``go``."""
     turn = tile % STAGES
     bar = full.index(turn)
-    mbarrier.expect(bar, BYTES, pred=go)
-    tma.async_copy_global_to_shared(latent_tiles, [slot, 0], bar, latents.index(turn), pred=go)
+    mbarrier.expect(bar, N * (512 + 128), pred=go)
+    tma.async_copy_global_to_shared(code_tiles, [slot, 0], bar, codes.index(turn), pred=go)
     tma.async_copy_global_to_shared(rope_tiles, [slot, 0], bar, ropes.index(turn), pred=go)
 
 
@@ -85,25 +85,20 @@ def _along(x, axis: gl.constexpr):
 
 @gluon.jit
 def _queries(
-    q_latent, q_rope, first_row, queries, heads, ql_t, ql_h, qr_t, qr_h, CODED: gl.constexpr, mma: gl.constexpr
+    q_latent, q_rope, first_row, queries, heads, ql_t, ql_h, qr_t, qr_h, mma: gl.constexpr
 ):  # fmt: skip
     """Queries of 16 rows, [4, 16, 128] in the columns' order of ``_keys`` and [4, 16, 16]; and the former's unit.
 
-    Float16, in which codes are exact, has too little range for any query as it comes: for codes the latent part is in
-    units of a power of two a row.
+    Float16 has too little range for any query as it comes: the latent part is in units of a power of two a row.
     """
     wide: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0])
     row = first_row + gl.arange(0, 16, gl.SliceLayout(1, wide))
     at = (row // heads).to(gl.int64) * ql_t + (row % heads).to(gl.int64) * ql_h
     col = gl.arange(0, 512, gl.SliceLayout(0, wide))
     q = gl.load(q_latent + at[:, None] + col[None, :], mask=(row < queries * heads)[:, None], other=0.0)
-    unit = gl.full([16], 1.0, gl.float32, gl.SliceLayout(1, wide))
-    if CODED:
-        exact = q.to(gl.float32)
-        unit = _power_above(gl.max(gl.abs(exact), 1))
-        q = (exact / unit[:, None]).to(gl.float16).reshape([16, 4, 4, 2, 4, 2, 2]).permute(1, 0, 3, 4, 5, 2, 6)
-    else:
-        q = q.reshape([16, 4, 2, 4, 4, 2, 2]).permute(1, 0, 2, 4, 5, 3, 6)
+    q = q.to(gl.float32)
+    unit = _power_above(gl.max(gl.abs(q), 1))
+    q = (q / unit[:, None]).to(gl.float16).reshape([16, 4, 4, 2, 4, 2, 2]).permute(1, 0, 3, 4, 5, 2, 6)
     q = gl.convert_layout(q.reshape([4, 16, 128]), gl.DotOperandLayout(0, mma, 2))
     narrow: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     row = first_row + gl.arange(0, 16, gl.SliceLayout(1, narrow))
@@ -123,42 +118,33 @@ def _scales(scale, s_s, s_g, slot, last, N: gl.constexpr, mma: gl.constexpr):
 
 
 @gluon.jit
-def _keys(latents, N: gl.constexpr, CODED: gl.constexpr, mma: gl.constexpr):
-    """A tile as the logits' operand, [4, 128 columns, N slots], the columns permuted. No bank is asked twice."""
-    k = latents.load(layout_of("keys", CODED, N))
-    if CODED:
-        k = k.to(gl.float16).reshape([N, 4, 4, 2, 4, 2, 2]).permute(1, 3, 4, 5, 2, 6, 0)
-    else:
-        k = k.reshape([N, 4, 2, 4, 4, 2, 2]).permute(1, 2, 4, 5, 3, 6, 0)
-    return gl.convert_layout(k.reshape([4, 128, N]), gl.DotOperandLayout(1, mma, 2), assert_trivial=True)
+def _keys(codes, N: gl.constexpr, mma: gl.constexpr):
+    """A tile as the logits' operand, [4, 128 columns, N slots], the columns permuted."""
+    k = codes.load(layout_of("keys", N)).to(gl.float16)
+    k = k.reshape([N, 4, 4, 2, 4, 2, 2]).permute(1, 3, 4, 5, 2, 6, 0).reshape([4, 128, N])
+    return gl.convert_layout(k, gl.DotOperandLayout(1, mma, 2), assert_trivial=True)
 
 
 @gluon.jit
 def _roped(ropes, N: gl.constexpr, mma: gl.constexpr):
     """A tile's roped keys, [4, 16 columns, N slots]: a quarter of the columns a warp."""
-    k = ropes.load(layout_of("ropes", False, N)).reshape([N, 4, 16]).permute(1, 2, 0)
+    k = ropes.load(layout_of("ropes", N)).reshape([N, 4, 16]).permute(1, 2, 0)
     return gl.convert_layout(k, gl.DotOperandLayout(1, mma, 2), assert_trivial=True)
 
 
 @gluon.jit
-def _values(latents, N: gl.constexpr, CODED: gl.constexpr, mma: gl.constexpr):
+def _values(codes, N: gl.constexpr, mma: gl.constexpr):
     """A tile as the output's operand, [4, N slots, 128 columns], the columns permuted."""
-    v = latents.load(layout_of("values", CODED, N))
-    if CODED:
-        v = v.to(gl.float16).reshape([N, 4, 8, 16]).permute(1, 0, 3, 2)
-    else:
-        v = v.reshape([N, 4, 2, 8, 8]).permute(1, 0, 2, 4, 3)
-    return gl.convert_layout(v.reshape([4, N, 128]), gl.DotOperandLayout(1, mma, 2), assert_trivial=True)
+    v = codes.load(layout_of("values", N)).to(gl.float16)
+    v = v.reshape([N, 4, 8, 16]).permute(1, 0, 3, 2).reshape([4, N, 128])
+    return gl.convert_layout(v, gl.DotOperandLayout(1, mma, 2), assert_trivial=True)
 
 
 @gluon.jit
-def _in_order(acc, CODED: gl.constexpr):
+def _in_order(acc):
     """The output [4, 16, 128] as [16, 512], its columns put back in order."""
-    if CODED:
-        acc = acc.reshape([4, 16, 16, 8]).permute(1, 0, 3, 2)
-    else:
-        acc = acc.reshape([4, 16, 2, 8, 8]).permute(1, 0, 2, 4, 3)
-    return gl.convert_layout(acc.reshape([16, 512]), layout_of("output", CODED), assert_trivial=True)
+    acc = acc.reshape([4, 16, 16, 8]).permute(1, 0, 3, 2).reshape([16, 512])
+    return gl.convert_layout(acc, layout_of("output"), assert_trivial=True)
 
 
 @gluon.jit
@@ -187,20 +173,17 @@ def _store(out, acc, b, split, first_row, queries, heads, splits):
 
 
 @gluon.jit(do_not_specialize=["slots", "splits", "window"])
-def mla_split_few_hopper(
+def mla_split_fp8_hopper(
     q_latent, q_rope, latent, rope, latent_scale, lengths, starts, out, lse,
     queries, heads, scale_log2,
     ql_b, ql_t, ql_h, qr_b, qr_t, qr_h, c_b, c_s, r_b, r_s, s_b, s_s, s_g, slots, splits, window,
     LENGTHS: gl.constexpr, STARTS: gl.constexpr, STAGES: gl.constexpr, N: gl.constexpr,
 ):  # fmt: skip
     """As ``mla_split`` for C = 512, R = 64: out [B, T * H, splits, C] normalised, lse [B, T * H, splits]."""
-    CODED: gl.constexpr = latent.dtype.element_ty == gl.float8e4nv
-    BITS: gl.constexpr = latent.dtype.element_ty.primitive_bitwidth
-    BYTES: gl.constexpr = N * (64 * BITS + 128)
     mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [4, 1, 1], [1, 16, 8])
     rows: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(0, mma))
-    wide: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=BITS, rank=2)
-    narrow: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    byte: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
+    half: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     gdc_launch_dependents()
     split = gl.program_id(1)
     b = gl.program_id(2).to(gl.int64)
@@ -211,10 +194,10 @@ def mla_split_few_hopper(
     )
     # Descriptors that end at this row's length: the copy engine fills what lies beyond with zeros.
     room = gl.maximum(length, 1)
-    latent_tiles = tma.make_tensor_descriptor(latent + b * c_b, [room, 512], [c_s, 1], [N, 512], wide)
-    rope_tiles = tma.make_tensor_descriptor(rope + b * r_b, [room, 64], [r_s, 1], [N, 64], narrow)
-    latents = gl.allocate_shared_memory(latent.dtype.element_ty, [STAGES, N, 512], wide)
-    ropes = gl.allocate_shared_memory(rope.dtype.element_ty, [STAGES, N, 64], narrow)
+    code_tiles = tma.make_tensor_descriptor(latent + b * c_b, [room, 512], [c_s, 1], [N, 512], byte)
+    rope_tiles = tma.make_tensor_descriptor(rope + b * r_b, [room, 64], [r_s, 1], [N, 64], half)
+    codes = gl.allocate_shared_memory(latent.dtype.element_ty, [STAGES, N, 512], byte)
+    ropes = gl.allocate_shared_memory(rope.dtype.element_ty, [STAGES, N, 64], half)
     parts = gl.allocate_shared_memory(gl.float32, [4, 16, N], gl.SwizzledSharedLayout(8, 1, N // 8, [2, 1, 0]))
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
@@ -222,14 +205,13 @@ def mla_split_few_hopper(
     fence_async_shared()
     gl.thread_barrier()
     for i in gl.static_range(STAGES):
-        _fetch(latent_tiles, rope_tiles, latents, ropes, full, i, begin + i * N, i < tiles, BYTES, STAGES)
+        _fetch(code_tiles, rope_tiles, codes, ropes, full, i, begin + i * N, i < tiles, N, STAGES)
     q, pe, unit = _queries(
-        q_latent + b * ql_b, q_rope + b * qr_b, first_row, queries, heads, ql_t, ql_h, qr_t, qr_h, CODED, mma
+        q_latent + b * ql_b, q_rope + b * qr_b, first_row, queries, heads, ql_t, ql_h, qr_t, qr_h, mma
     )
-    if CODED:
-        last = gl.maximum(length - 1, 0)
-        scale = latent_scale + b * s_b
-        next_size = _scales(scale, s_s, s_g, begin, last, N, mma)
+    last = gl.maximum(length - 1, 0)
+    scale = latent_scale + b * s_b
+    next_size = _scales(scale, s_s, s_g, begin, last, N, mma)
 
     top = gl.full([16], float("-inf"), gl.float32, rows)
     total = gl.zeros([16], gl.float32, rows)
@@ -241,39 +223,33 @@ def mla_split_few_hopper(
         gl.thread_barrier()
         ahead = i - 1 + STAGES
         go = (i > 0) & (ahead < tiles)
-        _fetch(latent_tiles, rope_tiles, latents, ropes, full, ahead, begin + ahead * N, go, BYTES, STAGES)
-        if CODED:
-            # After the fence of the copies, which would wait for these reads.
-            size = next_size
-            next_size = _scales(scale, s_s, s_g, begin + (i + 1) * N, last, N, mma)
+        _fetch(code_tiles, rope_tiles, codes, ropes, full, ahead, begin + ahead * N, go, N, STAGES)
+        # After the fence of the copies, which would wait for these reads.
+        size = next_size
+        next_size = _scales(scale, s_s, s_g, begin + (i + 1) * N, last, N, mma)
         mbarrier.wait(full.index(turn), i // STAGES & 1)
-        part = mma_v2(q, _keys(latents.index(turn), N, CODED, mma), gl.zeros([4, 16, N], gl.float32, mma))
-        if CODED:
-            part = part * gl.expand_dims(size, 1) * _along(unit, 1)
+        part = mma_v2(q, _keys(codes.index(turn), N, mma), gl.zeros([4, 16, N], gl.float32, mma))
+        part = part * gl.expand_dims(size, 1) * _along(unit, 1)
         parts.store(mma_v2(pe, _roped(ropes.index(turn), N, mma), part))
         gl.thread_barrier()
         logits = _joined(parts, N, mma)
         slot = begin + i * N + gl.arange(0, N, gl.SliceLayout(0, gl.SliceLayout(0, mma)))
         seen = (slot[None, :] < high[:, None]) & (slot[None, :] >= low[:, None])
         top, total, weights, fade = _step(gl.where(seen, logits * scale_log2, float("-inf")), top, total)
-        fades = _along(fade, 1)
-        weights = gl.expand_dims(weights, 0)
-        if CODED:
-            # Weights times scales are taken relative to the group's largest scale so far, again for float16's sake.
-            new_largest = gl.maximum(largest, _power_above(gl.max(size, 1)))
-            fades = fades * _along(largest / new_largest, 0)
-            largest = new_largest
-            rounded = (weights * gl.expand_dims(size * gl.expand_dims(1.0 / largest, 1), 1)).to(gl.float16)
-        else:
-            rounded = weights.to(latent.dtype.element_ty) + gl.zeros([4, 16, N], latent.dtype.element_ty, mma)
+        # Weights times scales are taken relative to the group's largest scale so far, again for float16's sake.
+        new_largest = gl.maximum(largest, _power_above(gl.max(size, 1)))
+        fades = _along(fade, 1) * _along(largest / new_largest, 0)
+        largest = new_largest
+        rounded = (gl.expand_dims(weights, 0) * gl.expand_dims(size * gl.expand_dims(1.0 / largest, 1), 1)).to(
+            gl.float16
+        )
         rounded = gl.convert_layout(rounded, gl.DotOperandLayout(0, mma, 2), assert_trivial=True)
-        acc = mma_v2(rounded, _values(latents.index(turn), N, CODED, mma), acc * fades)
+        acc = mma_v2(rounded, _values(codes.index(turn), N, mma), acc * fades)
 
     empty = total == 0.0
     total = gl.where(empty, 1.0, total)
     # 0.6931... is ln 2: the log-sum-exp is handed on in base e.
     value = gl.where(empty, float("-inf"), (top + gl.log2(total)) * 0.6931471805599453)
     gl.store(lse + (b * queries * heads + row) * splits + split, value, mask=row < queries * heads)
-    if CODED:
-        acc = acc * _along(largest, 0)
-    _store(out, _in_order(acc / _along(total, 1), CODED), b, split, first_row, queries, heads, splits)
+    acc = acc * _along(largest, 0)
+    _store(out, _in_order(acc / _along(total, 1)), b, split, first_row, queries, heads, splits)
