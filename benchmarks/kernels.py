@@ -52,6 +52,8 @@ class Ceilings:
 
 def seconds(calls: list[Callable[[], object]], replays: int = 9) -> float:
     """Median seconds of one of ``calls``, all of them captured in one graph."""
+    # What made the inputs ran on another stream.
+    torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for call in calls:

@@ -1,15 +1,18 @@
-"""The fixed tilings on cards before Hopper, none of which is at hand: each kernel is compiled for one, down to machine
-code, and must fit into its shared memory."""
+"""The fixed tilings on cards that are not at hand: each kernel is compiled for one, down to machine code, and must fit
+into its shared memory; those written by hand for Hopper into their registers, too."""
+
+import subprocess
 
 import pytest
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
-from deepseek_v3.kernels.triton import fp8, grouped, mla, mla_fp8, tilings
+from deepseek_v3.kernels.triton import fp8, grouped, mla, mla_fp8, mla_fp8_hopper, mla_hopper, tilings
 
 # Shared memory that a program may have, bytes: CUDA C++ Programming Guide, compute capabilities.
-ROOM = {86: 99 << 10, 89: 99 << 10}
+ROOM = {86: 99 << 10, 89: 99 << 10, 90: 227 << 10}
 BF16, CODES, FLOAT, INT = "*bf16", "*fp8e4nv", "*fp32", "*i32"
 EXPERTS = {"BLOCK_E": 512, "PRECISION": "tf32"}
 ROWS = {"x": BF16, "w": BF16, "out": BF16, "offsets": INT}
@@ -50,6 +53,19 @@ def dense():
     return fp8.fp8_matmul, kinds, constants | {"TMA": False, "BY_ROW": False, "ADD": False}, tilings.FP8_DENSE
 
 
+def compile_for(card, kernel, kinds, constants, tiling, source=ASTSource):
+    """The kernel compiled for a card; every number is a multiple of 16."""
+    signature, divisible = {}, {}
+    for place, parameter in enumerate(kernel.params):
+        name = parameter.name
+        signature[name] = "constexpr" if name in constants else kinds.get(name, "i32")
+        if signature[name] not in ("constexpr", "fp32"):
+            divisible[(place,)] = [["tt.divisibility", 16]]
+    options = {"num_warps": tiling.warps, "num_stages": tiling.stages}
+    source = source(kernel, signature, constants, divisible)
+    return triton.compile(source, target=GPUTarget("cuda", card, 32), options=options)
+
+
 @pytest.mark.parametrize(
     ("card", "launch"),
     [
@@ -64,15 +80,29 @@ def dense():
     ids=["few", "few-swiglu", "rows", "decode", "rows-fp8", "decode-fp8", "dense-fp8"],
 )
 def test_the_fixed_tiling_fits_the_card(card, launch):
-    kernel, kinds, constants, tiling = launch
-    signature, divisible = {}, {}
-    for place, parameter in enumerate(kernel.params):
-        name = parameter.name
-        signature[name] = "constexpr" if name in constants else kinds.get(name, "i32")
-        if signature[name] not in ("constexpr", "fp32"):
-            divisible[(place,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=divisible)
-    options = {"num_warps": tiling.warps, "num_stages": tiling.stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", card, 32), options=options)
+    compiled = compile_for(card, *launch)
     assert len(compiled.asm["cubin"]) > 1000
     assert 0 < compiled.metadata.shared <= ROOM[card]
+
+
+def by_hand(fp8_codes):
+    tiling = tilings.FEW_ROWS_FP8_BY_HAND if fp8_codes else tilings.MANY_ROWS_BY_HAND
+    kinds = CACHE | {"latent": CODES if fp8_codes else BF16, "latent_scale": FLOAT, "scale_log2": "fp32"}
+    constants = {"queries": 1, "LENGTHS": True, "STARTS": True}
+    if fp8_codes:
+        constants |= {"s_g": 1, "STAGES": tiling.stages, "N": tiling.slots}
+        return mla_fp8_hopper.mla_split_fp8_hopper, kinds, constants, tiling
+    return mla_hopper.mla_split_hopper, kinds, constants | {"C": 512, "R": 64}, tiling
+
+
+@pytest.mark.parametrize("fp8_codes", [False, True])
+def test_kernels_written_for_hopper_keep_their_registers(fp8_codes, tmp_path):
+    """Nothing spilled, and no products in a row for want of registers: the assembler tells."""
+    launch = by_hand(fp8_codes)
+    compiled = compile_for(90, *launch, source=GluonASTSource)
+    programs = launch[-1].programs
+    assert 0 < compiled.metadata.shared + 1024 <= (ROOM[90] + 1024) // programs
+    (tmp_path / "kernel.ptx").write_text(compiled.asm["ptx"])
+    assembler = [triton.knobs.nvidia.ptxas.path, "-v", "-arch=sm_90a", "kernel.ptx", "-o", "kernel.cubin"]
+    said = subprocess.run(assembler, cwd=tmp_path, capture_output=True, text=True, check=True).stderr
+    assert "0 bytes spill stores, 0 bytes spill loads" in said and "(C75" not in said

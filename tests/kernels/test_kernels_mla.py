@@ -191,6 +191,77 @@ def test_matches_float64(target, name):
     compare(got, truth(*(x.cpu() for x in inputs), scale, case["lengths"], case["starts"], window), target.dtype)
 
 
+LONG = {
+    "several pairs of tiles a split": {
+        "batch": 1,
+        "queries": 1,
+        "heads": 128,
+        "slots": 18000,
+        "rank": 512,
+        "pe": 64,
+        "lengths": [17901],
+        "starts": [130],
+    },
+    "some splits empty": {
+        "batch": 3,
+        "queries": 2,
+        "heads": 64,
+        "slots": 2500,
+        "rank": 512,
+        "pe": 64,
+        "lengths": [2500, 1, 129],
+        "starts": [0, 0, 127],
+    },
+    "window, an empty row": {
+        "batch": 3,
+        "queries": 4,
+        "heads": 32,
+        "slots": 1300,
+        "rank": 512,
+        "pe": 64,
+        "lengths": [0, 1299, 1300],
+        "starts": [0, 5, 1200],
+        "window": 555,
+    },
+    "no splits": {
+        "batch": 70,
+        "queries": 1,
+        "heads": 128,
+        "slots": 150,
+        "rank": 512,
+        "pe": 64,
+        "lengths": [150 - b for b in range(70)],
+        "starts": [b // 2 for b in range(70)],
+    },
+}
+BY_HAND = LONG | {name: case for name, case in CASES.items() if case["rank"] >= 256 and case["heads"] > 16}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("negative", [False, True])
+@pytest.mark.parametrize("name", BY_HAND)
+def test_many_rows_on_hopper(name, negative, target, monkeypatch):
+    """The kernel written by hand, also where the compiler's would be chosen."""
+    if target.backend != "triton" or target.device != "cuda" or dispatch.capability(0) != (9, 0):
+        pytest.skip("a Hopper card")
+    from deepseek_v3.kernels.triton import launch_mla
+
+    monkeypatch.setattr(launch_mla, "LITTLE", 0)
+    case = dict(BY_HAND[name])
+    window = case.pop("window", None)
+    inputs = make(target, **case)
+    rows = case["queries"] * case["heads"]
+    assert launch_mla.choose_tiling(inputs[0], *inputs[2:], False).gluon and rows > 32
+    scale = (case["rank"] + case["pe"]) ** -0.5 * (-1 if negative else 1)
+    lengths, starts = (
+        torch.tensor(case[key], dtype=torch.int32, device=target.device) for key in ("lengths", "starts")
+    )
+    on = {"scale": scale, "lengths": lengths, "starts": starts, "sliding_window": window, "backend": target.backend}
+    got = mla_decode(*inputs, **on)
+    compare(got, truth(*(x.cpu() for x in inputs), scale, case["lengths"], case["starts"], window), target.dtype)
+    assert all(torch.equal(first, second) for first, second in zip(got, mla_decode(*inputs, **on), strict=True))
+
+
 def test_whole_cache_without_lengths_or_starts(target):
     case = {
         "batch": 2,

@@ -1,7 +1,6 @@
 """Launcher of the absorbed MLA decode: tile sizes by the number of query rows, splits by the size of the card."""
 
 import functools
-import math
 
 import torch
 import triton
@@ -25,8 +24,8 @@ from .tilings import (
 )
 
 NO_WINDOW = 1 << 30
-# Query rows times cached slots up to which the two halves are the faster ones: 128 heads over 16,384 slots.
-LITTLE = 128 << 14
+# Query rows times cached slots up to which the two halves are the faster ones: 128 heads over 4,096 slots.
+LITTLE = 128 << 12
 LOG2_E = 1.4426950408889634
 
 _combine = Launcher(mla_combine)
@@ -67,8 +66,17 @@ def scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:
 
 
 def splits_for(programs: int, slots: int, tiling: AttentionTiling, multiprocessors: int) -> int:
-    """Splits of the cached length so that about one program falls to each multiprocessor, and no more."""
-    return max(1, min(multiprocessors // programs, math.ceil(slots / tiling.slots)))
+    """Splits of the cached length so that each multiprocessor is about full, no program waits, and none is empty."""
+    steps = cdiv(slots, tiling.slots)
+    splits = max(1, min(multiprocessors * tiling.programs // programs, steps // tiling.least))
+    return cdiv(steps, cdiv(steps, splits))
+
+
+def early(device: torch.device) -> dict[str, bool]:
+    """How the pass that joins the splits is launched: on Hopper and later before the splits are done."""
+    if device.type == "cuda" and capability(device.index) >= (9, 0):
+        return {"EARLY": True, "launch_pdl": True}
+    return {"EARLY": False}
 
 
 def widen(codes, scale, dtype, lengths, starts):
@@ -112,7 +120,7 @@ def split_kernel(tiling, q_latent, q_rope, latent, rope, latent_scale, lengths, 
     if latent_scale is not None:
         strides = (*strides, *latent_scale.stride())
         if tiling.gluon:
-            name, constants = "mla_split_fp8_hopper", options | {"WARPS": tiling.warps} | warps
+            name, constants = "mla_split_fp8_hopper", options | {"STAGES": tiling.stages, "N": tiling.slots} | warps
         else:
             name, constants = "mla_split_fp8", widths | blocks | options | warps
     elif tiling.gluon:
@@ -162,6 +170,9 @@ def mla_decode(q_latent, q_rope, latent, rope, scale, lengths, starts, latent_sc
     """See ``deepseek_v3.kernels.mla_decode``; all tensors' last dimensions are dense."""
     batch, queries, heads, rank = q_latent.shape
     rows = queries * heads
+    if scale <= 0:
+        # The kernels take the largest logit before they scale.
+        q_latent, q_rope, scale = -q_latent, -q_rope, -scale or 1e-30
     if latent_scale is not None and (rows > FEW_ROWS_FP8.rows or rope.dtype != q_latent.dtype):
         latent, rope = widen(latent, latent_scale, q_latent.dtype, lengths, starts), rope.to(q_latent.dtype)
         latent_scale = None
@@ -189,9 +200,9 @@ def mla_decode(q_latent, q_rope, latent, rope, scale, lengths, starts, latent_sc
         return partial.view(q_latent.shape), partial_lse.view(batch, queries, heads)
     out = torch.empty(q_latent.shape, dtype=q_latent.dtype, device=q_latent.device)
     lse = torch.empty(batch, queries, heads, dtype=torch.float32, device=q_latent.device)
-    cols = min(rank, 128)
+    cols = min(rank, 256 if splits <= 8 else 128)
     _combine(
         (batch * rows, rank // cols, 1), (partial, partial_lse, out, lse), (), (splits,),
-        C=rank, COLS=cols, SPLITS=next_power_of_2(splits), num_warps=4,
+        C=rank, COLS=cols, SPLITS=next_power_of_2(splits), **early(q_latent.device), num_warps=2,
     )  # fmt: skip
     return out, lse

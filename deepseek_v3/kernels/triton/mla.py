@@ -10,6 +10,7 @@ Deterministic: the split depends on shapes alone and the splits are joined in or
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 
 @triton.jit
@@ -126,11 +127,19 @@ def mla_split(
 
 
 @triton.jit(do_not_specialize=["splits"])
-def mla_combine(partial, partial_lse, out, lse, splits, C: tl.constexpr, COLS: tl.constexpr, SPLITS: tl.constexpr):
-    """Join the splits of one query row: partial [rows, splits, C] float32 -> out [rows, C], lse [rows]."""
+def mla_combine(
+    partial, partial_lse, out, lse, splits,
+    C: tl.constexpr, COLS: tl.constexpr, SPLITS: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """Join the splits of one query row: partial [rows, splits, C] float32 -> out [rows, C], lse [rows].
+
+    EARLY: launched while the kernel before it still runs, on which it waits here.
+    """
     row = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * COLS + tl.arange(0, COLS)
     split = tl.arange(0, SPLITS)
+    if EARLY:
+        gdc_wait()
     each = tl.load(partial_lse + row * splits + split, mask=split < splits, other=float("-inf"))
     top = tl.max(each, 0)
     base = tl.where(top == float("-inf"), 0.0, top)

@@ -1,42 +1,70 @@
 """Kernel of the absorbed MLA decode over FP8 latents for few query rows on Hopper, in Gluon.
 
-What the compiler cannot be talked into: codes are fetched by the copy engine a tile ahead, and widened once for both
-products. The cached tokens are the tall operand (64 of them by 16 query rows), so the tensor cores' asynchronous
-products serve as few as 16 rows. A group of 128 columns has a product of its own: its scale multiplies its part of
-the logits, and the weights of its part of the output, and the codes themselves stay exact in float16.
+A program has 16 rows, as many as the tensor cores' smaller products take, so that no row of theirs is idle. Each of
+its four warps owns a group of 128 of the 512 columns, with scales of its own: it reads their codes alone, for its
+part of the logits and for its part of the output. The parts of the logits are added up through shared memory, the one
+thing for which the warps meet; each then works out all weights for itself.
 
-Deterministic: the split depends on shapes alone and the splits are joined in order.
+Codes are widened to float16, in which they are exact, in registers on their way from shared memory to the products. So
+that a thread's 16 bytes hold what its registers need, the columns that the products see are permuted: those that they
+sum over in any order, and those of the output, which are put back in order as the registers are named.
+
+The copy engine fetches a tile ahead, and two programs share a multiprocessor. Deterministic: the split depends on
+shapes alone and the splits are joined in order.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.language.extra.cuda import gdc_launch_dependents
 
-from .mla_hopper import slots_of
+from .mla_hopper import share_of
+
+
+@gluon.constexpr_function
+def layout_of(kind, slots=16):
+    """How the registers, lanes and warps hold [slots, columns], or the output [rows, columns]; 128 columns a warp.
+
+    No two lanes that read at once ask the same bank of shared memory.
+    """
+
+    def columns(*powers):
+        return [[0, power] for power in powers]
+
+    tokens = [[1 << power, 0] for power in range(slots.bit_length() - 1)]
+    warps, shape = columns(128, 256), [slots, 512]
+    if kind == "keys":
+        registers, lanes = columns(1, 2, 4, 8, 16) + tokens[3:], columns(32, 64) + tokens[:3]
+    elif kind == "values":
+        registers, lanes = columns(1, 2, 4, 8) + tokens[:1] + tokens[3:], tokens[1:3] + columns(16, 32, 64)
+    elif kind == "ropes":
+        registers, lanes, warps = columns(1, 8) + tokens[3:], columns(2, 4) + tokens[:3], columns(16, 32)
+        shape = [slots, 64]
+    else:
+        registers, lanes = columns(1, 2, 4, 8, 16) + tokens[3:], columns(32, 64) + tokens[:3]
+    return gl.DistributedLinearLayout(registers, lanes, warps, [], shape)
+
+
+@gluon.constexpr_function
+def parts_of(slots):
+    """How every warp holds all four parts of the logits, [4, 16 rows, slots]."""
+    registers = [[0, 0, 1], [0, 8, 0], *([0, 0, 8 << i] for i in range((slots // 8).bit_length() - 1))]
+    lanes = [[0, 0, 2], [0, 0, 4], [0, 1, 0], [0, 2, 0], [0, 4, 0]]
+    registers += [[1, 0, 0], [2, 0, 0]]
+    return gl.DistributedLinearLayout(registers, lanes, [[0, 0, 0], [0, 0, 0]], [], [4, 16, slots])
 
 
 @gluon.jit
-def _fetch(code_tiles, rope_tiles, codes, ropes, bars, tile, slot, go):
-    """Start the copy of 64 slots into buffer tile % 2, where ``go``: four pieces of 128 columns and the roped keys."""
-    turn = tile % 2
-    bar = bars.index(turn)
-    mbarrier.expect(bar, 64 * (512 + 64 * 2), pred=go)
-    for g in gl.static_range(4):
-        tma.async_copy_global_to_shared(code_tiles, [slot, g * 128], bar, codes.index(turn * 4 + g), pred=go)
+def _fetch(
+    code_tiles, rope_tiles, codes, ropes, full, tile, slot, go, N: gl.constexpr, STAGES: gl.constexpr
+):  # fmt: skip
+    """Start the copy of a tile into buffer tile % STAGES, where ``go``."""
+    turn = tile % STAGES
+    bar = full.index(turn)
+    mbarrier.expect(bar, N * (512 + 128), pred=go)
+    tma.async_copy_global_to_shared(code_tiles, [slot, 0], bar, codes.index(turn), pred=go)
     tma.async_copy_global_to_shared(rope_tiles, [slot, 0], bar, ropes.index(turn), pred=go)
-
-
-@gluon.jit
-def _scales(scale, s_s, s_g, slot, last):
-    """Scales of the four groups of the slots; past the last live slot that one's again, never a dead one's."""
-    at = scale + gl.minimum(slot, last).to(gl.int64) * s_s
-    return gl.load(at), gl.load(at + s_g), gl.load(at + 2 * s_g), gl.load(at + 3 * s_g)
 
 
 @gluon.jit
@@ -47,76 +75,101 @@ def _power_above(x):
 
 
 @gluon.jit
+def _along(x, axis: gl.constexpr):
+    """[n] as [4, 16, columns] of one number a group (axis 0) or a row (axis 1)."""
+    if axis == 0:
+        return gl.expand_dims(gl.expand_dims(x, 1), 1)
+    else:
+        return gl.expand_dims(gl.expand_dims(x, 1), 0)
+
+
+@gluon.jit
 def _queries(
-    q_latent, q_rope, q_s, pe_s, first_row, queries, heads, ql_t, ql_h, qr_t, qr_h, WARPS: gl.constexpr
+    q_latent, q_rope, first_row, queries, heads, ql_t, ql_h, qr_t, qr_h, mma: gl.constexpr
 ):  # fmt: skip
-    """Queries of 16 rows into shared memory; their latent part in units of a power of two a row, which is returned.
+    """Queries of 16 rows, [4, 16, 128] in the columns' order of ``_keys`` and [4, 16, 16]; and the former's unit.
 
-    Float16, in which the codes are exact, has too little range for any query as it comes.
+    Float16 has too little range for any query as it comes: the latent part is in units of a power of two a row.
     """
-    narrow: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [WARPS, 1], [1, 0])
+    wide: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0])
+    row = first_row + gl.arange(0, 16, gl.SliceLayout(1, wide))
+    at = (row // heads).to(gl.int64) * ql_t + (row % heads).to(gl.int64) * ql_h
+    col = gl.arange(0, 512, gl.SliceLayout(0, wide))
+    q = gl.load(q_latent + at[:, None] + col[None, :], mask=(row < queries * heads)[:, None], other=0.0)
+    q = q.to(gl.float32)
+    unit = _power_above(gl.max(gl.abs(q), 1))
+    q = (q / unit[:, None]).to(gl.float16).reshape([16, 4, 4, 2, 4, 2, 2]).permute(1, 0, 3, 4, 5, 2, 6)
+    q = gl.convert_layout(q.reshape([4, 16, 128]), gl.DotOperandLayout(0, mma, 2))
+    narrow: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     row = first_row + gl.arange(0, 16, gl.SliceLayout(1, narrow))
-    t = (row // heads).to(gl.int64)
-    h = (row % heads).to(gl.int64)
-    live = (row < queries * heads)[:, None]
-    at = (q_latent + t * ql_t + h * ql_h)[:, None] + gl.arange(0, 128, gl.SliceLayout(0, narrow))[None, :]
-    q0 = gl.load(at, mask=live, other=0.0).to(gl.float32)
-    q1 = gl.load(at + 128, mask=live, other=0.0).to(gl.float32)
-    q2 = gl.load(at + 256, mask=live, other=0.0).to(gl.float32)
-    q3 = gl.load(at + 384, mask=live, other=0.0).to(gl.float32)
-    most = gl.maximum(gl.maximum(gl.abs(q0), gl.abs(q1)), gl.maximum(gl.abs(q2), gl.abs(q3)))
-    unit = _power_above(gl.max(most, 1))
-    q_s.index(0).store((q0 / unit[:, None]).to(gl.float16))
-    q_s.index(1).store((q1 / unit[:, None]).to(gl.float16))
-    q_s.index(2).store((q2 / unit[:, None]).to(gl.float16))
-    q_s.index(3).store((q3 / unit[:, None]).to(gl.float16))
-    at = (q_rope + t * qr_t + h * qr_h)[:, None] + gl.arange(0, 64, gl.SliceLayout(0, narrow))[None, :]
-    pe_s.store(gl.load(at, mask=live, other=0.0))
-    return unit
+    at = (row // heads).to(gl.int64) * qr_t + (row % heads).to(gl.int64) * qr_h
+    col = gl.arange(0, 64, gl.SliceLayout(0, narrow))
+    pe = gl.load(q_rope + at[:, None] + col[None, :], mask=(row < queries * heads)[:, None], other=0.0)
+    pe = gl.convert_layout(pe.reshape([16, 4, 16]).permute(1, 0, 2), gl.DotOperandLayout(0, mma, 2))
+    return q, pe, gl.convert_layout(unit, gl.SliceLayout(1, gl.SliceLayout(0, mma)))
 
 
 @gluon.jit
-def _part(values, queries, g: gl.constexpr, logit: gl.constexpr):
-    """Logits' part of one group, not waited for: [64 slots, 16 rows]."""
-    zero = gl.zeros([64, 16], gl.float32, logit)
-    return warpgroup_mma(values.index(g), queries.index(g).permute((1, 0)), zero, use_acc=False, is_async=True)
+def _scales(scale, s_s, s_g, slot, last, N: gl.constexpr, mma: gl.constexpr):
+    """[4, N], of the groups of N slots; past the last live slot that one's again, never a dead one's."""
+    at = gl.minimum(slot + gl.arange(0, N, gl.SliceLayout(0, gl.SliceLayout(1, mma))), last).to(gl.int64) * s_s
+    group = gl.arange(0, 4, gl.SliceLayout(1, gl.SliceLayout(1, mma))) * s_g
+    return gl.load(scale + at[None, :] + group[:, None])
 
 
 @gluon.jit
-def _logits(values, q_s, pe, pe_s, unit, s0, s1, s2, s3, logit: gl.constexpr):
-    """Logits [64 slots, 16 rows]: each group's part times its slots' scale, and the roped part."""
-    part0 = _part(values, q_s, 0, logit)
-    part1 = _part(values, q_s, 1, logit)
-    part2 = _part(values, q_s, 2, logit)
-    part3 = _part(values, q_s, 3, logit)
-    zero = gl.zeros([64, 16], gl.float32, logit)
-    part4 = warpgroup_mma(pe, pe_s.permute((1, 0)), zero, use_acc=False, is_async=True)
-    part0, part1, part2, part3, part4 = warpgroup_mma_wait(0, deps=[part0, part1, part2, part3, part4])
-    logits = part0 * s0[:, None] + part1 * s1[:, None] + part2 * s2[:, None] + part3 * s3[:, None]
-    return logits * unit[None, :] + part4
+def _keys(codes, N: gl.constexpr, mma: gl.constexpr):
+    """A tile as the logits' operand, [4, 128 columns, N slots], the columns permuted."""
+    k = codes.load(layout_of("keys", N)).to(gl.float16)
+    k = k.reshape([N, 4, 4, 2, 4, 2, 2]).permute(1, 3, 4, 5, 2, 6, 0).reshape([4, 128, N])
+    return gl.convert_layout(k, gl.DotOperandLayout(1, mma, 2), assert_trivial=True)
 
 
 @gluon.jit
-def _step(logits, top, spread):
-    """New maximum over the slots and spread sum of base-2 logits, the weights, and how much the past fades."""
-    new_top = gl.maximum(top, gl.max(logits, 0))
+def _roped(ropes, N: gl.constexpr, mma: gl.constexpr):
+    """A tile's roped keys, [4, 16 columns, N slots]: a quarter of the columns a warp."""
+    k = ropes.load(layout_of("ropes", N)).reshape([N, 4, 16]).permute(1, 2, 0)
+    return gl.convert_layout(k, gl.DotOperandLayout(1, mma, 2), assert_trivial=True)
+
+
+@gluon.jit
+def _values(codes, N: gl.constexpr, mma: gl.constexpr):
+    """A tile as the output's operand, [4, N slots, 128 columns], the columns permuted."""
+    v = codes.load(layout_of("values", N)).to(gl.float16)
+    v = v.reshape([N, 4, 8, 16]).permute(1, 0, 3, 2).reshape([4, N, 128])
+    return gl.convert_layout(v, gl.DotOperandLayout(1, mma, 2), assert_trivial=True)
+
+
+@gluon.jit
+def _in_order(acc):
+    """The output [4, 16, 128] as [16, 512], its columns put back in order."""
+    acc = acc.reshape([4, 16, 16, 8]).permute(1, 0, 3, 2).reshape([16, 512])
+    return gl.convert_layout(acc, layout_of("output"), assert_trivial=True)
+
+
+@gluon.jit
+def _joined(parts, N: gl.constexpr, mma: gl.constexpr):
+    """The sum [16, N] of the warps' parts [4, 16, N], in order, for each warp."""
+    return gl.convert_layout(gl.sum(parts.load(parts_of(N)), 0), gl.SliceLayout(0, mma), assert_trivial=True)
+
+
+@gluon.jit
+def _step(logits, top, total):
+    """New maximum and sum of base-2 logits, the weights, and how much the past fades."""
+    new_top = gl.maximum(top, gl.max(logits, 1))
     base = gl.where(new_top == float("-inf"), 0.0, new_top)
-    weights = gl.exp2(logits - base[None, :])
+    weights = gl.exp2(logits - base[:, None])
     fade = gl.exp2(top - base)
-    return new_top, spread * fade[None, :] + weights, weights, fade
+    return new_top, total * fade + gl.sum(weights, 1), weights, fade
 
 
 @gluon.jit
-def _mix(values, weights, acc, g: gl.constexpr):
-    """Adds one group's part of the output, transposed, not waited for: [128 columns, 16 rows]."""
-    return warpgroup_mma(values.index(g).permute((1, 0)), weights.index(g), acc, is_async=True)
-
-
-@gluon.jit
-def _store(out, acc, place, largest, total, live, g: gl.constexpr, output: gl.constexpr):
-    col = g * 128 + gl.arange(0, 128, gl.SliceLayout(1, output))
-    value = acc * (largest / gl.convert_layout(total, gl.SliceLayout(0, output)))[None, :]
-    gl.store(out + place[None, :] * 512 + col[:, None], value.to(out.dtype.element_ty), mask=live[None, :])
+def _store(out, acc, b, split, first_row, queries, heads, splits):
+    flat: gl.constexpr = acc.type.layout
+    row = first_row + gl.arange(0, 16, gl.SliceLayout(1, flat))
+    place = (b * queries * heads + row) * splits + split
+    at = out + place[:, None] * 512 + gl.arange(0, 512, gl.SliceLayout(0, flat))[None, :]
+    gl.store(at, acc.to(out.dtype.element_ty), mask=(row < queries * heads)[:, None])
 
 
 @gluon.jit(do_not_specialize=["slots", "splits", "window"])
@@ -124,98 +177,79 @@ def mla_split_fp8_hopper(
     q_latent, q_rope, latent, rope, latent_scale, lengths, starts, out, lse,
     queries, heads, scale_log2,
     ql_b, ql_t, ql_h, qr_b, qr_t, qr_h, c_b, c_s, r_b, r_s, s_b, s_s, s_g, slots, splits, window,
-    LENGTHS: gl.constexpr, STARTS: gl.constexpr, WARPS: gl.constexpr,
+    LENGTHS: gl.constexpr, STARTS: gl.constexpr, STAGES: gl.constexpr, N: gl.constexpr,
 ):  # fmt: skip
     """As ``mla_split`` for C = 512, R = 64: out [B, T * H, splits, C] normalised, lse [B, T * H, splits]."""
-    half: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [4, 1, 1], [1, 16, 8])
+    rows: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(0, mma))
     byte: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
-    small: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=32, element_bitwidth=16, rank=2)
-    logit: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, WARPS // 4], [16, 64 // WARPS, 16])
-    output: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, 16, 16])
-    linear: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [WARPS, 1], [1, 0])
+    half: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    gdc_launch_dependents()
     split = gl.program_id(1)
     b = gl.program_id(2).to(gl.int64)
     first_row = gl.program_id(0) * 16
-
-    q_s = gl.allocate_shared_memory(gl.float16, [4, 16, 128], half)
-    pe_s = gl.allocate_shared_memory(rope.dtype.element_ty, [16, 64], half)
-    unit = _queries(
-        q_latent + b * ql_b, q_rope + b * qr_b, q_s, pe_s, first_row, queries, heads, ql_t, ql_h, qr_t, qr_h, WARPS
+    row = first_row + gl.arange(0, 16, rows)
+    length, begin, tiles, low, high = share_of(
+        lengths, starts, b, row // heads, split, queries, slots, splits, window, N, LENGTHS, STARTS
     )
-    unit = gl.convert_layout(unit, gl.SliceLayout(0, logit))
-
-    row = first_row + gl.arange(0, 16, gl.SliceLayout(0, logit))
-    length, begin, tiles, low, high = slots_of(
-        lengths, starts, b, row // heads, split, queries, slots, splits, window, LENGTHS, STARTS
-    )
-    last = gl.maximum(length - 1, 0)
-
+    # Descriptors that end at this row's length: the copy engine fills what lies beyond with zeros.
     room = gl.maximum(length, 1)
-    code_tiles = tma.make_tensor_descriptor(latent + b * c_b, [room, 512], [c_s, 1], [64, 128], byte)
-    rope_tiles = tma.make_tensor_descriptor(rope + b * r_b, [room, 64], [r_s, 1], [64, 64], half)
-    codes = gl.allocate_shared_memory(latent.dtype.element_ty, [8, 64, 128], byte)
-    ropes = gl.allocate_shared_memory(rope.dtype.element_ty, [2, 64, 64], half)
-    values = gl.allocate_shared_memory(gl.float16, [4, 64, 128], half)
-    weight_s = gl.allocate_shared_memory(gl.float16, [4, 64, 16], small)
-    bars = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(bars.index(0), count=1)
-    mbarrier.init(bars.index(1), count=1)
+    code_tiles = tma.make_tensor_descriptor(latent + b * c_b, [room, 512], [c_s, 1], [N, 512], byte)
+    rope_tiles = tma.make_tensor_descriptor(rope + b * r_b, [room, 64], [r_s, 1], [N, 64], half)
+    codes = gl.allocate_shared_memory(latent.dtype.element_ty, [STAGES, N, 512], byte)
+    ropes = gl.allocate_shared_memory(rope.dtype.element_ty, [STAGES, N, 64], half)
+    parts = gl.allocate_shared_memory(gl.float32, [4, 16, N], gl.SwizzledSharedLayout(8, 1, N // 8, [2, 1, 0]))
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
     fence_async_shared()
     gl.thread_barrier()
-    _fetch(code_tiles, rope_tiles, codes, ropes, bars, 0, begin, tiles > 0)
-
-    top = gl.full([16], float("-inf"), gl.float32, gl.SliceLayout(0, logit))
-    spread = gl.zeros([64, 16], gl.float32, logit)
-    largest = 0.0
-    acc0 = gl.zeros([128, 16], gl.float32, output)
-    acc1 = gl.zeros([128, 16], gl.float32, output)
-    acc2 = gl.zeros([128, 16], gl.float32, output)
-    acc3 = gl.zeros([128, 16], gl.float32, output)
-    lane = gl.arange(0, 64, gl.SliceLayout(1, logit))
+    for i in gl.static_range(STAGES):
+        _fetch(code_tiles, rope_tiles, codes, ropes, full, i, begin + i * N, i < tiles, N, STAGES)
+    q, pe, unit = _queries(
+        q_latent + b * ql_b, q_rope + b * qr_b, first_row, queries, heads, ql_t, ql_h, qr_t, qr_h, mma
+    )
+    last = gl.maximum(length - 1, 0)
     scale = latent_scale + b * s_b
-    s0, s1, s2, s3 = _scales(scale, s_s, s_g, begin + lane, last)
-    for i in range(tiles):
-        # All warps are through with the other buffer, the widened values and the weights.
-        gl.thread_barrier()
-        _fetch(code_tiles, rope_tiles, codes, ropes, bars, i + 1, begin + (i + 1) * 64, i + 1 < tiles)
-        n0, n1, n2, n3 = _scales(scale, s_s, s_g, begin + (i + 1) * 64 + lane, last)
-        mbarrier.wait(bars.index(i % 2), i // 2 & 1)
-        for g in gl.static_range(4):
-            values.index(g).store(codes.index(i % 2 * 4 + g).load(linear).to(gl.float16))
-        fence_async_shared()
-        gl.thread_barrier()
-        logits = _logits(values, q_s, ropes.index(i % 2), pe_s, unit, s0, s1, s2, s3, logit)
-        slot = (begin + i * 64 + lane)[:, None]
-        logits = gl.where((slot < high[None, :]) & (slot >= low[None, :]), logits * scale_log2, float("-inf"))
-        top, spread, weights, fade = _step(logits, top, spread)
-        # Weights times scales are taken relative to the largest scale so far, again for float16's sake.
-        size = gl.maximum(gl.maximum(s0, s1), gl.maximum(s2, s3))
-        new_largest = gl.maximum(largest, _power_above(gl.max(size, 0)))
-        fade = gl.convert_layout(fade * (largest / new_largest), gl.SliceLayout(0, output))[None, :]
-        largest = new_largest
-        weight_s.index(0).store((weights * (s0 / largest)[:, None]).to(gl.float16))
-        weight_s.index(1).store((weights * (s1 / largest)[:, None]).to(gl.float16))
-        weight_s.index(2).store((weights * (s2 / largest)[:, None]).to(gl.float16))
-        weight_s.index(3).store((weights * (s3 / largest)[:, None]).to(gl.float16))
-        fence_async_shared()
-        gl.thread_barrier()
-        acc0 = _mix(values, weight_s, acc0 * fade, 0)
-        acc1 = _mix(values, weight_s, acc1 * fade, 1)
-        acc2 = _mix(values, weight_s, acc2 * fade, 2)
-        acc3 = _mix(values, weight_s, acc3 * fade, 3)
-        acc0, acc1, acc2, acc3 = warpgroup_mma_wait(0, deps=[acc0, acc1, acc2, acc3])
-        s0, s1, s2, s3 = n0, n1, n2, n3
+    next_size = _scales(scale, s_s, s_g, begin, last, N, mma)
 
-    total = gl.sum(spread, 0)
+    top = gl.full([16], float("-inf"), gl.float32, rows)
+    total = gl.zeros([16], gl.float32, rows)
+    largest = gl.zeros([4], gl.float32, gl.SliceLayout(1, gl.SliceLayout(1, mma)))
+    acc = gl.zeros([4, 16, 128], gl.float32, mma)
+    for i in range(tiles):
+        turn = i % STAGES
+        # All warps are through with the tile before this one and with the parts of its logits.
+        gl.thread_barrier()
+        ahead = i - 1 + STAGES
+        go = (i > 0) & (ahead < tiles)
+        _fetch(code_tiles, rope_tiles, codes, ropes, full, ahead, begin + ahead * N, go, N, STAGES)
+        # After the fence of the copies, which would wait for these reads.
+        size = next_size
+        next_size = _scales(scale, s_s, s_g, begin + (i + 1) * N, last, N, mma)
+        mbarrier.wait(full.index(turn), i // STAGES & 1)
+        part = mma_v2(q, _keys(codes.index(turn), N, mma), gl.zeros([4, 16, N], gl.float32, mma))
+        part = part * gl.expand_dims(size, 1) * _along(unit, 1)
+        parts.store(mma_v2(pe, _roped(ropes.index(turn), N, mma), part))
+        gl.thread_barrier()
+        logits = _joined(parts, N, mma)
+        slot = begin + i * N + gl.arange(0, N, gl.SliceLayout(0, gl.SliceLayout(0, mma)))
+        seen = (slot[None, :] < high[:, None]) & (slot[None, :] >= low[:, None])
+        top, total, weights, fade = _step(gl.where(seen, logits * scale_log2, float("-inf")), top, total)
+        # Weights times scales are taken relative to the group's largest scale so far, again for float16's sake.
+        new_largest = gl.maximum(largest, _power_above(gl.max(size, 1)))
+        fades = _along(fade, 1) * _along(largest / new_largest, 0)
+        largest = new_largest
+        rounded = (gl.expand_dims(weights, 0) * gl.expand_dims(size * gl.expand_dims(1.0 / largest, 1), 1)).to(
+            gl.float16
+        )
+        rounded = gl.convert_layout(rounded, gl.DotOperandLayout(0, mma, 2), assert_trivial=True)
+        acc = mma_v2(rounded, _values(codes.index(turn), N, mma), acc * fades)
+
     empty = total == 0.0
     total = gl.where(empty, 1.0, total)
     # 0.6931... is ln 2: the log-sum-exp is handed on in base e.
     value = gl.where(empty, float("-inf"), (top + gl.log2(total)) * 0.6931471805599453)
     gl.store(lse + (b * queries * heads + row) * splits + split, value, mask=row < queries * heads)
-    row = first_row + gl.arange(0, 16, gl.SliceLayout(0, output))
-    place = (b * queries * heads + row) * splits + split
-    live = row < queries * heads
-    _store(out, acc0, place, largest, total, live, 0, output)
-    _store(out, acc1, place, largest, total, live, 1, output)
-    _store(out, acc2, place, largest, total, live, 2, output)
-    _store(out, acc3, place, largest, total, live, 3, output)
+    acc = acc * _along(largest, 0)
+    _store(out, _in_order(acc / _along(total, 1)), b, split, first_row, queries, heads, splits)

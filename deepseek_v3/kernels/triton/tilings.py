@@ -55,7 +55,8 @@ class Stretch:
 class AttentionTiling:
     """rows, slots: tile of queries and of cached tokens; halves: output parts; stages, warps: Triton's.
 
-    tma: the cache is read by the copy engine; gluon: the kernel written for Hopper by hand.
+    tma: the cache is read by the copy engine; gluon: the kernel written for Hopper by hand; least: tiles of a split;
+    programs: on a multiprocessor at a time.
     """
 
     rows: int
@@ -65,6 +66,8 @@ class AttentionTiling:
     warps: int
     tma: bool
     gluon: bool = False
+    least: int = 1
+    programs: int = 1
 
 
 MANY = Tiling(rows=128, columns=256, depth=64, stages=4, warps=8)
@@ -99,8 +102,11 @@ SINGLE_SHALLOW = Stretch(rows=2, warps=1)
 FEW_ROWS = AttentionTiling(rows=16, slots=64, halves=1, stages=3, warps=4, tma=False)
 SOME_ROWS = AttentionTiling(rows=32, slots=64, halves=1, stages=3, warps=4, tma=False)
 MANY_ROWS = AttentionTiling(rows=64, slots=64, halves=2, stages=2, warps=4, tma=True)
-FEW_ROWS_FP8_BY_HAND = AttentionTiling(rows=16, slots=64, halves=1, stages=2, warps=8, tma=True, gluon=True)
-MANY_ROWS_BY_HAND = AttentionTiling(rows=64, slots=64, halves=1, stages=2, warps=8, tma=True, gluon=True)
+FEW_ROWS_FP8_BY_HAND = AttentionTiling(
+    rows=16, slots=64, halves=1, stages=2, warps=4, tma=True, gluon=True, least=2, programs=2
+)
+# Two tiles of 64 slots at a time; below two such pairs a split is no faster, and there are more of them to join.
+MANY_ROWS_BY_HAND = AttentionTiling(rows=64, slots=128, halves=1, stages=2, warps=4, tma=True, gluon=True, least=2)
 MANY_ROWS_POINTERS = AttentionTiling(rows=64, slots=64, halves=2, stages=2, warps=4, tma=False)
 # FP8 tiles pass through registers: eight warps have room for this one and the next.
 FEW_ROWS_FP8 = AttentionTiling(rows=16, slots=64, halves=1, stages=1, warps=8, tma=False)
