@@ -1,5 +1,7 @@
 """Launches through `Launcher`: which compiled kernel is run with which arguments, when Triton looks again; and when an
-operation goes through torch's dispatcher."""
+operation goes through torch's dispatcher; how a cache's length is split."""
+
+import math
 
 import pytest
 import torch
@@ -10,6 +12,8 @@ from triton.runtime.jit import JITFunction
 
 from deepseek_v3.kernels import dispatch, rms_norm
 from deepseek_v3.kernels.triton import launching
+from deepseek_v3.kernels.triton.launch_mla import splits_for
+from deepseek_v3.kernels.triton.tilings import FEW_ROWS, FEW_ROWS_FP8_BY_HAND, MANY_ROWS, MANY_ROWS_BY_HAND
 
 
 class Compiled:
@@ -178,3 +182,18 @@ def test_the_dispatcher_is_passed_by_only_where_nothing_looks_on():
         assert not dispatch.unwatched((fake, weight))
         assert rms_norm(fake, mode.from_tensor(weight)).shape == x.shape
         assert torch.allclose(torch.vmap(lambda row: row * dispatch.unwatched((row,)))(x), torch.zeros(2, 8))
+
+
+@pytest.mark.parametrize("tiling", [FEW_ROWS, MANY_ROWS, MANY_ROWS_BY_HAND, FEW_ROWS_FP8_BY_HAND], ids=str)
+def test_room_to_spare_moves_no_border_between_splits(tiling):
+    """A replayed step gives the kernel a cache's whole storage, a launched one what is cached: the same sums."""
+
+    def tiles_of_a_split(programs, slots, cached):
+        splits = splits_for(programs, slots, tiling, 132)
+        return max(math.ceil(math.ceil(cached / tiling.slots) / splits), tiling.least)
+
+    for programs in (1, 2, 32, 128, 500):
+        for cached in (1, 64, 1025, 3000, 8192, 8193, 131073):
+            exact = tiles_of_a_split(programs, cached, cached)
+            for room in (64, cached // 2, 2 * cached, 4 * cached):
+                assert tiles_of_a_split(programs, cached + room, cached) == exact

@@ -66,10 +66,13 @@ def scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:
 
 
 def splits_for(programs: int, slots: int, tiling: AttentionTiling, multiprocessors: int) -> int:
-    """Splits of the cached length so that each multiprocessor is about full, no program waits, and none is empty."""
-    steps = cdiv(slots, tiling.slots)
-    splits = max(1, min(multiprocessors * tiling.programs // programs, steps // tiling.least))
-    return cdiv(steps, cdiv(steps, splits))
+    """Splits of the cached length so that each multiprocessor is about full and no program waits.
+
+    Not one fewer where the last would be empty: `slots` may be what a cache has room for, and a step that a graph
+    replays over all of it gives what one over the cached part alone does.
+    """
+    steps = cdiv(cdiv(slots, tiling.slots), tiling.least)
+    return max(1, min(multiprocessors * tiling.programs // programs, steps))
 
 
 def early(device: torch.device) -> dict[str, bool]:

@@ -29,7 +29,10 @@ def share_of(
     lengths, starts, b, t, split, queries, slots, splits, window,
     STEP: gl.constexpr, LENGTHS: gl.constexpr, STARTS: gl.constexpr,
 ):  # fmt: skip
-    """Batch row b's length, the first slot and the steps of STEP slots of one split, and [low, high) of each query."""
+    """Batch row b's length, the first slot and the steps of STEP slots of one split, and [low, high) of each query.
+
+    A split has two steps or more, so that a cache with room to spare is split as one without.
+    """
     length = slots
     if LENGTHS:
         length = gl.minimum(gl.load(lengths + b).to(gl.int32), slots)
@@ -40,7 +43,7 @@ def share_of(
     low = gl.maximum(start, high - window)
     first = gl.maximum(start, length - (queries - 1) - window)
     share = (gl.maximum(length - first, 0) + STEP - 1) // STEP
-    share = (share + splits - 1) // splits * STEP
+    share = gl.maximum((share + splits - 1) // splits, 2) * STEP
     begin = first + split * share
     return length, begin, (gl.minimum(begin + share, length) - begin + STEP - 1) // STEP, low, high
 

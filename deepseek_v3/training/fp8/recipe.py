@@ -40,7 +40,9 @@ class FP8Recipe:
             On an H200 a layer of DeepSeek-V3's size then keeps 0.25 (dense) and 0.21 (MoE) of what BF16 keeps instead
             of 0.54 and 0.40, and takes 2 to 3 % longer. Does nothing where gradient checkpointing computes the whole
             layer again.
-        statistics_interval: optimizer steps between two counts of what E4M3 loses (`FP8StatisticsCallback`); 0 never.
+        statistics_interval: optimizer steps between two counts of what E4M3 loses (`FP8StatisticsCallback`);
+            0 never. On an H200 a layer's step that counts takes 1.5 to 1.9 times as long; every 100 steps that is
+            under 1 %.
 
     Raises:
         ValueError: a value that is not one of these.
