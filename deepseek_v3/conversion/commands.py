@@ -125,9 +125,10 @@ def _add_inspect(subparsers: Any) -> None:
 
 def _convert(args: argparse.Namespace) -> int:
     from .driver import convert
+    from .report import readable
 
     def show(file: str, done: int, total: int) -> None:
-        print(f"{file}  {done / 1e9:.2f} of {total / 1e9:.2f} GB", flush=True)
+        print(f"{file}  {readable(done)} of {readable(total)}", flush=True)
 
     report = convert(
         args.source,
@@ -152,7 +153,7 @@ def _convert(args: argparse.Namespace) -> int:
     for note in report.notes:
         print(f"note: {note}")
     resumed = f", {report.resumed} of them from an earlier run" if report.resumed else ""
-    speed = f"{report.nbytes / 1e9:.2f} GB in {report.seconds:.1f} s"
+    speed = f"{readable(report.nbytes)} in {report.seconds:.1f} s"
     print(f"wrote {report.files} files{resumed}, {speed}, to {report.folder}")
     if report.comparison is None:
         return 0

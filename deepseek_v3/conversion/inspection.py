@@ -19,7 +19,7 @@ from .errors import CheckpointError
 from .header import ITEM_BYTES, TensorInfo
 from .layouts import DTYPES, SCALE_SUFFIX, config_view, mtp_layers, official_views, part_of
 from .reader import CONFIG_NAME, Checkpoint, open_checkpoint
-from .report import aligned
+from .report import aligned, readable
 from .views import View
 
 Stored = Mapping[str, TensorInfo] | Mapping[str, View]
@@ -83,7 +83,7 @@ class Inspection:
             f"{self.folder}",
             f"model        {self.preset or 'of no published size'}",
             f"layout       {self.layout}, {self.precision}{scales}",
-            f"files        {self.files} with {self.tensors} tensors, {_gb(self.file_bytes)}",
+            f"files        {self.files} with {self.tensors} tensors, {readable(self.file_bytes)}",
             f"MTP          {self.mtp_found} modules{announced}",
             "",
         ]
@@ -96,7 +96,7 @@ class Inspection:
         lines += ["", *aligned([("parameters", "found", "expected"), *parameters])]
         if self.needs:
             wanted = ("weights", "host_to_load", "host_for_gpu", "cache")
-            rows = [(label, *(_gb(need[key]) for key in wanted)) for label, need in self.needs.items()]
+            rows = [(label, *(readable(need[key]) for key in wanted)) for label, need in self.needs.items()]
             title = ("to load as", "RAM or VRAM", "peak RAM on CPU", "peak RAM for GPU", f"{_CONTEXT} tokens' cache")
             lines += ["", *aligned([title, *rows])]
         lines += ["", *self._verdict()]
@@ -111,10 +111,6 @@ class Inspection:
             lines += [f"... {len(names) - _SHOWN} more {what}"] if len(names) > _SHOWN else []
         lines += [f"wrong: {name}: {why}" for name, why in list(self.misshapen.items())[:_SHOWN]]
         return lines + ([f"... {len(self.misshapen) - _SHOWN} more wrong"] if len(self.misshapen) > _SHOWN else [])
-
-
-def _gb(nbytes: int) -> str:
-    return f"{nbytes / 1e9:,.2f} GB"
 
 
 def inspect(folder: str | Path) -> Inspection:

@@ -20,6 +20,7 @@ from .errors import CheckpointError
 from .header import read_json
 from .plan import Options, Plan
 from .reader import CONFIG_NAME, INDEX_NAME, Checkpoint
+from .report import readable
 from .steps import Job
 from .writer import FULL_DISK, is_partial, remove_partials, write_json
 
@@ -117,7 +118,7 @@ def _contents(folder: Path) -> list[str]:
 def _check_space(folder: Path, needed: int, freed: int) -> None:
     free = shutil.disk_usage(folder).free + freed
     if needed > free:
-        problem = f"the disk has {free / 1e9:.1f} GB free, the result takes {needed / 1e9:.1f} GB"
+        problem = f"the disk has {readable(free)} free, the result takes {readable(needed)}"
         raise CheckpointError(problem, file=folder, remedy="free some space or choose another disk")
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from deepseek_v3.configuration.presets import PRESETS
 from deepseek_v3.conversion import CheckpointError, compare, convert, inspect, open_checkpoint, write_checkpoint
+from deepseek_v3.conversion.report import readable
 
 
 def change(folder, name, edit):
@@ -208,6 +209,15 @@ def test_commands_and_their_exit_codes(made, copy, tmp_path, capsys):
     assert command("inspect", made / "fp8", "--json") == 0
     assert json.loads(capsys.readouterr().out)["layout"] == "official"
     assert command("inspect", tmp_path / "nothing") == 2
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "text"),
+    [(0, "0 B"), (99, "99 B"), (1234, "1.23 kB"), (283_776, "0.28 MB"), (99_000_000, "99.00 MB"), (10**8, "0.10 GB")]
+    + [(1_342_000_000_000, "1,342.00 GB")],
+)
+def test_sizes_are_printed_in_a_unit_that_shows_them(nbytes, text):
+    assert readable(nbytes) == text
 
 
 @pytest.mark.parametrize(("word", "size"), [("5GB", 5 * 10**9), ("7m", 7 * 10**6), ("12", 12), ("3 K", 3000)])
