@@ -190,8 +190,8 @@ class RoundingReport:
         share, cosine, moved = self.overall
         return (
             f"{self.untouched} weights are those of the original checkpoint, {len(self.tensors)} were changed and "
-            f"quantised again: {share:.0%} of the change survived (cosine {cosine:.2f}); rounding moved the weights "
-            f"by {moved:.2f} times the size of the change."
+            f"quantised again: {share:.0%} of the change survived, under rounding {moved:.2f} times the size of the "
+            f"change (cosine {cosine:.2f} between the change before and after)."
         )
 
     def warning(self) -> str | None:
