@@ -9,6 +9,7 @@ Letters: B unfinished rows, P prompt slots, k drafts, V vocabulary, D hidden.
 """
 
 import time
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -68,6 +69,7 @@ class SpeculativeDecoder:
         self.policy.begin(self.statistics)
         self.new: list[list[int]] = [[] for _ in range(batch)]
         self.done = [False] * batch
+        self.plain_rows = False
 
     def run(self) -> Any:
         """Decode until every row has ended; token ids [B, L], or a `GenerateMtpOutput`."""
@@ -126,11 +128,14 @@ class SpeculativeDecoder:
         if embeds is None:
             embeds = self.model.get_input_embeddings()(self.input_ids[:, self.past :])
         rows, end = self.rows, self.past + embeds.shape[1]
+        unpadded = bool(rows.prompt_mask.all())
+        # Without padding, window and fixed length the tokens that count lie one after another.
+        self.plain_rows = unpadded and self.cache.sliding_window is None and self.cache.max_cache_len is None
         last = rows.prompt_end - 1 - self.past  # [B]
         columns, where = torch.unique(last, return_inverse=True)
         output = self.model(
             inputs_embeds=embeds,
-            attention_mask=rows.prompt_mask if not bool(rows.prompt_mask.all()) else None,
+            attention_mask=None if unpadded else rows.prompt_mask,
             position_ids=rows.prompt_positions[:, self.past : end],
             past_key_values=self.cache,
             use_cache=True,
@@ -186,14 +191,11 @@ class SpeculativeDecoder:
         drafted, drawn = self._draft(drafts)
         tokens = torch.cat((rows.chosen[:, None], drafted), dim=1)  # [B, k + 1]
         slots = rows.n[:, None] + torch.arange(drafts + 1, device=rows.n.device)
-        low, extent = min(rows.stands) + drafts + 1, max(rows.stands) + drafts + 1
-        shown, window = self.cache.shown(extent), self.cache.sliding_window
-        graphs, layers = self.cache.graphs, self.cache.layers[: self.model.config.num_hidden_layers]
-        spans = None if graphs is None else graphs.row_spans(layers, slots, extent)
-        with self.cache.rows(RowSlots(slots, slots[:, -1] + 1, low, extent)):
+        context, mask, spans = self._placed(slots)
+        with context:
             output = self.model(
                 input_ids=tokens,
-                attention_mask=None if spans is not None else rows.visible(slots, shown, window=window),
+                attention_mask=mask,
                 position_ids=rows.position_ids(slots),
                 past_key_values=self.cache,
                 use_cache=True,
@@ -204,6 +206,24 @@ class SpeculativeDecoder:
             )
         self.drafter.fresh[:, : drafts + 1].copy_(output.mtp_state)
         return output, output.logits.float(), drafted, drawn
+
+    def _placed(self, slots: torch.Tensor) -> tuple[AbstractContextManager[None], torch.Tensor | None, Any]:
+        """How the main layers come to write tokens [B, T] into `slots`: a context for the forward, its mask and spans.
+
+        Rows that stand alike need no places of their own: their tokens are appended as plain decoding's are.
+        """
+        rows, count = self.rows, slots.shape[1]
+        low, extent = min(rows.stands) + count, max(rows.stands) + count
+        graphs, layers = self.cache.graphs, self.cache.layers[: self.model.config.num_hidden_layers]
+        spans = None if graphs is None else graphs.row_spans(layers, slots, extent)
+        if spans is None and low == extent and self.plain_rows:
+            for layer in layers:
+                layer.settle(low - count)
+            return nullcontext(), None, None
+        mask = None
+        if spans is None:
+            mask = rows.visible(slots, self.cache.shown(extent), window=self.cache.sliding_window)
+        return self.cache.rows(RowSlots(slots, slots[:, -1] + 1, low, extent)), mask, spans
 
     def _draft(self, drafts: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Drafts [B, k] and their distributions [B, k, V]."""
