@@ -124,23 +124,25 @@ class AutoDepth:
         self._seconds: dict[int, deque[float]] = {}
         self._call = MtpStatistics()
         self._drafted, self._accepted = [0.0] * deepest, [0.0] * deepest  # of the calls before
-        self._rows: dict[int, MtpStatistics] = {}  # of the rows that are unfinished
+        self._rows: dict[int, MtpStatistics] = {}
+        self._unfinished: list[int] = []
 
     def begin(self, statistics: MtpStatistics) -> None:
         """A new call starts, whose counts `statistics` will hold."""
         drafted, accepted = self._counts()
         scale = min(1.0, self.memory / max(drafted[0], 1.0)) if drafted else 1.0
         self._drafted, self._accepted = [n * scale for n in drafted], [n * scale for n in accepted]
-        self._call, self._rows = statistics, {}
+        self._call, self._rows, self._unfinished = statistics, {}, []
         statistics.depth = self._tried if self.chosen is None else self.chosen
 
     def next(self) -> int:
         return self._tried
 
     def saw(self, rows: list[int], accepted: list[int], drafts: int) -> None:
-        self._rows = {row: self._rows.get(row) or MtpStatistics() for row in rows}
-        for row, right in zip(rows, accepted, strict=True):
-            self._rows[row].count([right], [], drafts)
+        self._unfinished = rows
+        if drafts:
+            for row, right in zip(rows, accepted, strict=True):
+                self._rows.setdefault(row, MtpStatistics()).count([right], [], drafts)
 
     def took(self, drafts: int, seconds: float) -> None:
         # The first steps of a depth pay for what is made once: compilation, allocation, the capture of a graph.
@@ -174,7 +176,8 @@ class AutoDepth:
         """Tokens that a step with 0 .. deepest drafts gives the row that it gives the fewest."""
         usual = [right / tried if tried else 0.0 for tried, right in zip(*self._counts(), strict=True)]
         fewest: list[float] = []
-        for row in self._rows.values() or [MtpStatistics()]:
+        nothing = MtpStatistics()
+        for row in [self._rows.get(index, nothing) for index in self._unfinished] or [nothing]:
             expected, chain = [1.0], 1.0
             for tried, right, rate in zip(*_padded(row, self.deepest), usual, strict=True):
                 chain *= (right + self.prior * rate) / (tried + self.prior)

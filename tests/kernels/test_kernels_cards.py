@@ -101,6 +101,7 @@ def test_kernels_written_for_hopper_keep_their_registers(fp8_codes, tmp_path):
     launch = by_hand(fp8_codes)
     compiled = compile_for(90, *launch, source=GluonASTSource)
     programs = launch[-1].programs
+    assert launch[-1].least == mla_hopper.LEAST.value
     assert 0 < compiled.metadata.shared + 1024 <= (ROOM[90] + 1024) // programs
     (tmp_path / "kernel.ptx").write_text(compiled.asm["ptx"])
     assembler = [triton.knobs.nvidia.ptxas.path, "-v", "-arch=sm_90a", "kernel.ptx", "-o", "kernel.cubin"]

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.library import opcheck
+from torch import library
 
 from deepseek_v3.kernels import (
     fp8_gemm,
@@ -225,7 +225,7 @@ def test_operations_have_fakes(target):
         ops.grouped_fp8_gemm: (codes, scale, w, w_scale, offsets, torch.float32, b),
         ops.grouped_fp8_wgrad: (columns, column_scale, columns, column_scale, offsets, torch.float32, b),
     }.items():
-        opcheck(operation.default, arguments, test_utils=("test_faketensor",))
+        library.opcheck(operation.default, arguments, test_utils=("test_faketensor",))
 
 
 def test_deep_gemm_gets_its_layouts(monkeypatch):

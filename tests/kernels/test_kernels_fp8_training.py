@@ -128,7 +128,9 @@ def test_swiglu_and_its_inputs_of_one_read(target, shape):
 
 
 def assert_seldom_differs(got, want):
-    """Two kernels may contract a product and a sum differently: one step of a code, seldom."""
+    """Compiled for a GPU, two kernels may contract a product and a sum differently: one step of a code, seldom."""
+    if got.device.type == "cpu":
+        assert torch.equal(got.float(), want.float())
     got, want = got.cpu().float(), want.cpu().float()
     assert ((got - want).abs() > 1e-6 * want.abs()).float().mean() < 2e-3
     assert (got - want).norm() <= 2e-3 * want.norm()

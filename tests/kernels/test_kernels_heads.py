@@ -3,7 +3,7 @@
 import pytest
 import torch
 from test_kernels_norm import angles, close, rotate_truth
-from torch.library import opcheck
+from torch import library
 
 from deepseek_v3.kernels import join_keys, rotate_queries, rotate_queries_
 
@@ -88,7 +88,7 @@ def test_operations_have_fakes(target):
         ops.join_keys: (q, rope, 8, b),
         ops.join_keys_backward: (q, q[..., :5], 8, b),
     }.items():
-        opcheck(operation.default, arguments, test_utils=("test_schema", "test_faketensor"))
+        library.opcheck(operation.default, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize(

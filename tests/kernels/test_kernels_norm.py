@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from torch.library import opcheck
+from torch import library
 
 from deepseek_v3.kernels import rms_norm, rotate, write_latents
 
@@ -136,7 +136,7 @@ def test_operations_have_fakes(target):
             True, None, b,
         ),
     }.items():  # fmt: skip
-        opcheck(operation.default, arguments, test_utils=("test_schema", "test_faketensor"))
+        library.opcheck(operation.default, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_gradients_flow_through_the_reference():

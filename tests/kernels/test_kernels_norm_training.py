@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch.library import opcheck
+from torch import library
 
 from deepseek_v3.kernels import joined_rms_norm
 
@@ -76,9 +76,9 @@ def test_either_gradient_may_be_missing():
 def test_operations_are_one_node_each():
     ops = torch.ops.deepseek_v3
     x, weight = torch.randn(4, 64), torch.randn(64)
-    opcheck(ops.rms_norm_kept.default, (x, x.clone(), weight, 1e-6, "auto"))
-    opcheck(ops.rms_norm_kept.default, (x, None, weight, 1e-6, "auto"))
-    opcheck(ops.rms_norm_backward.default, (x, x.clone(), weight, torch.rand(4), None, "auto"))
+    library.opcheck(ops.rms_norm_kept.default, (x, x.clone(), weight, 1e-6, "auto"))
+    library.opcheck(ops.rms_norm_kept.default, (x, None, weight, 1e-6, "auto"))
+    library.opcheck(ops.rms_norm_backward.default, (x, x.clone(), weight, torch.rand(4), None, "auto"))
 
 
 def test_what_does_not_fit_is_refused():

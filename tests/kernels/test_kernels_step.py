@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from torch.library import opcheck
+from torch import library
 
 from deepseek_v3.kernels import absorb_outputs, absorb_queries, norm_and_write, rope_angles
 
@@ -138,7 +138,7 @@ def test_operations_have_fakes(target):
         ops.absorb_queries: (q, weight, cos, sin, True, b),
         ops.absorb_outputs: (q.new_ones(2, 3, 2, 32), weight, 8, b),
     }.items():  # fmt: skip
-        opcheck(operation.default, arguments, test_utils=("test_schema", "test_faketensor"))
+        library.opcheck(operation.default, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 def cache_of(x):

@@ -34,14 +34,12 @@ def layout_of(kind, slots=16):
 
     tokens = [[1 << power, 0] for power in range(slots.bit_length() - 1)]
     warps, shape = columns(128, 256), [slots, 512]
-    if kind == "keys":
-        registers, lanes = columns(1, 2, 4, 8, 16) + tokens[3:], columns(32, 64) + tokens[:3]
-    elif kind == "values":
+    if kind == "values":
         registers, lanes = columns(1, 2, 4, 8) + tokens[:1] + tokens[3:], tokens[1:3] + columns(16, 32, 64)
     elif kind == "ropes":
         registers, lanes, warps = columns(1, 8) + tokens[3:], columns(2, 4) + tokens[:3], columns(16, 32)
         shape = [slots, 64]
-    else:
+    else:  # the keys, and the output
         registers, lanes = columns(1, 2, 4, 8, 16) + tokens[3:], columns(32, 64) + tokens[:3]
     return gl.DistributedLinearLayout(registers, lanes, warps, [], shape)
 

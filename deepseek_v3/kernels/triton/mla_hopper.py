@@ -23,16 +23,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents
 
+# Steps of a split at least: those of its tilings, so that a cache with room to spare is split as one without.
+LEAST = gl.constexpr(2)
+
 
 @gluon.jit
 def share_of(
     lengths, starts, b, t, split, queries, slots, splits, window,
     STEP: gl.constexpr, LENGTHS: gl.constexpr, STARTS: gl.constexpr,
 ):  # fmt: skip
-    """Batch row b's length, the first slot and the steps of STEP slots of one split, and [low, high) of each query.
-
-    A split has two steps or more, so that a cache with room to spare is split as one without.
-    """
+    """Batch row b's length, the first slot and the steps of STEP slots of one split, and [low, high) of each query."""
     length = slots
     if LENGTHS:
         length = gl.minimum(gl.load(lengths + b).to(gl.int32), slots)
@@ -43,7 +43,7 @@ def share_of(
     low = gl.maximum(start, high - window)
     first = gl.maximum(start, length - (queries - 1) - window)
     share = (gl.maximum(length - first, 0) + STEP - 1) // STEP
-    share = gl.maximum((share + splits - 1) // splits, 2) * STEP
+    share = gl.maximum((share + splits - 1) // splits, LEAST) * STEP
     begin = first + split * share
     return length, begin, (gl.minimum(begin + share, length) - begin + STEP - 1) // STEP, low, high
 

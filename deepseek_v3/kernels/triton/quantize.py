@@ -1,4 +1,5 @@
-"""Kernels that quantise to FP8 E4M3, bit for bit as the torch reference does: IEEE division, exact powers of two."""
+"""Kernels that quantise to FP8 E4M3, bit for bit as the torch reference does: IEEE division (see `quotient`), exact
+powers of two."""
 
 import triton
 import triton.language as tl
@@ -49,7 +50,8 @@ def inverse(scale):
 @triton.jit
 def quotient(value, reciprocal, finite):
     """value / scale, rounded as IEEE division would: the reciprocal's error is taken back (Markstein), which is a
-    fraction of the instructions. Signs of zero stay."""
+    fraction of the instructions. Signs of zero stay. Under scales below 2^-100 the error is subnormal, and a value
+    within a rounding of the border between two codes may get the other one."""
     rounded = value * reciprocal
     # Times -1, and not minus, which is zero minus a value: -0 stays -0, and the product takes the sign for nothing.
     excess = tl.fma(rounded, tl.broadcast_to(finite, value.shape), value * -1.0)
