@@ -189,8 +189,8 @@ def test_room_to_spare_moves_no_border_between_splits(tiling):
     """A replayed step gives the kernel a cache's whole storage, a launched one what is cached: the same sums."""
 
     def tiles_of_a_split(programs, slots, cached):
-        splits = splits_for(programs, slots, tiling, 132)
-        return max(math.ceil(math.ceil(cached / tiling.slots) / splits), tiling.least)
+        splits, tiles = splits_for(programs, slots, tiling, 132), math.ceil(cached / tiling.slots)
+        return max(math.ceil(tiles / splits), tiling.least * (2 if tiles > tiling.long else 1))
 
     for programs in (1, 2, 32, 128, 500):
         for cached in (1, 64, 1025, 3000, 8192, 8193, 131073):

@@ -42,12 +42,12 @@ def tiling_for(rows: int, rank: int, fp8: bool, hopper: bool, aligned: bool, by_
         return FEW_ROWS_FP8_BY_HAND if by_hand and aligned and rank == 512 else FEW_ROWS_FP8
     if rows <= 16:
         return FEW_ROWS
+    if by_hand and aligned:
+        return MANY_ROWS_BY_HAND
     # Halves narrower than 128 make too small a product.
     if rows <= 32 or rank < 256:
         return SOME_ROWS
-    if not aligned:
-        return MANY_ROWS_POINTERS
-    return MANY_ROWS_BY_HAND if by_hand else MANY_ROWS
+    return MANY_ROWS if aligned else MANY_ROWS_POINTERS
 
 
 def tma_ready(tensor: torch.Tensor) -> bool:
@@ -71,8 +71,17 @@ def splits_for(programs: int, slots: int, tiling: AttentionTiling, multiprocesso
     Not one fewer where the last would be empty: `slots` may be what a cache has room for, and a step that a graph
     replays over all of it gives what one over the cached part alone does.
     """
-    steps = cdiv(cdiv(slots, tiling.slots), tiling.least)
-    return max(1, min(multiprocessors * tiling.programs // programs, steps))
+    steps = cdiv(slots, tiling.slots)
+    most = cdiv(min(steps, tiling.long), tiling.least)
+    if steps > tiling.long:
+        most = max(most, cdiv(steps, 2 * tiling.least))
+    return max(1, min(multiprocessors * tiling.programs // programs, most))
+
+
+def join_tile(splits: int, rank: int) -> tuple[int, int]:
+    """Columns and warps of a program that joins ``splits`` parts, all of them in registers: 64 of a thread."""
+    cols = min(rank, 256 if splits <= 8 else 128 if splits <= 32 else 64)
+    return cols, max(2, next_power_of_2(splits) * cols // 2048)
 
 
 def early(device: torch.device) -> dict[str, bool]:
@@ -121,10 +130,14 @@ def split_kernel(tiling, q_latent, q_rope, latent, rope, latent_scale, lengths, 
     widths = {"C": latent.shape[2], "R": rope.shape[2]}
     blocks = {"BLOCK_M": tiling.rows, "BLOCK_N": tiling.slots}
     if latent_scale is not None:
-        strides = (*strides, *latent_scale.stride())
+        of_batch, of_slot, of_group = latent_scale.stride()
         if tiling.gluon:
-            name, constants = "mla_split_fp8_hopper", options | {"STAGES": tiling.stages, "N": tiling.slots} | warps
+            strides = (*strides, of_batch)
+            options |= {"STAGES": tiling.stages, "N": tiling.slots, "LONG": tiling.long}
+            options |= {"S_S": of_slot, "S_G": of_group}
+            name, constants = "mla_split_fp8_hopper", options | warps
         else:
+            strides = (*strides, of_batch, of_slot, of_group)
             name, constants = "mla_split_fp8", widths | blocks | options | warps
     elif tiling.gluon:
         name, constants = "mla_split_hopper", widths | options | warps
@@ -203,9 +216,9 @@ def mla_decode(q_latent, q_rope, latent, rope, scale, lengths, starts, latent_sc
         return partial.view(q_latent.shape), partial_lse.view(batch, queries, heads)
     out = torch.empty(q_latent.shape, dtype=q_latent.dtype, device=q_latent.device)
     lse = torch.empty(batch, queries, heads, dtype=torch.float32, device=q_latent.device)
-    cols = min(rank, 256 if splits <= 8 else 128)
+    cols, warps = join_tile(splits, rank)
     _combine(
         (batch * rows, rank // cols, 1), (partial, partial_lse, out, lse), (), (splits,),
-        C=rank, COLS=cols, SPLITS=next_power_of_2(splits), **early(q_latent.device), num_warps=2,
+        C=rank, COLS=cols, SPLITS=next_power_of_2(splits), **early(q_latent.device), num_warps=warps,
     )  # fmt: skip
     return out, lse

@@ -76,7 +76,7 @@ class ChosenExperts:
     if any."""
 
     def __init__(self, gate_up, down, top_k, shared=None, tilings=(None, None)):
-        first, second = tilings[0] or SINGLE_SWIGLU, tilings[1] or SINGLE
+        first, second = tilings[0] or SINGLE_SWIGLU, tilings[1] or SINGLE_FEW
         experts, rows, width = down.shape
         gate, up, shared_down = (gate_up[0], gate_up[0], down[0]) if shared is None else shared
         wide, depth = 0 if shared is None else gate.shape[0], gate_up.shape[2]

@@ -85,34 +85,43 @@ def _along(x, axis: gl.constexpr):
 def _queries(
     q_latent, q_rope, first_row, queries, heads, ql_t, ql_h, qr_t, qr_h, mma: gl.constexpr
 ):  # fmt: skip
-    """Queries of 16 rows, [4, 16, 128] in the columns' order of ``_keys`` and [4, 16, 16]; and the former's unit.
+    """Queries of 16 rows, [4, 16, 128] in the columns' order of ``_keys`` and [4, 16, 16]; and their unit.
 
-    Float16 has too little range for any query as it comes: the latent part is in units of a power of two a row.
+    Float16 has too little range for any query as it comes: a row's are in units of a power of two.
     """
+    narrow: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    row = first_row + gl.arange(0, 16, gl.SliceLayout(1, narrow))
+    at = (row // heads).to(gl.int64) * qr_t + (row % heads).to(gl.int64) * qr_h
+    col = gl.arange(0, 64, gl.SliceLayout(0, narrow))
+    pe = gl.load(q_rope + at[:, None] + col[None, :], mask=(row < queries * heads)[:, None], other=0.0)
     wide: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0])
     row = first_row + gl.arange(0, 16, gl.SliceLayout(1, wide))
     at = (row // heads).to(gl.int64) * ql_t + (row % heads).to(gl.int64) * ql_h
     col = gl.arange(0, 512, gl.SliceLayout(0, wide))
     q = gl.load(q_latent + at[:, None] + col[None, :], mask=(row < queries * heads)[:, None], other=0.0)
     q = q.to(gl.float32)
-    unit = _power_above(gl.max(gl.abs(q), 1))
+    most = gl.convert_layout(gl.max(gl.abs(pe.to(gl.float32)), 1), gl.SliceLayout(1, wide))
+    unit = _power_above(gl.maximum(gl.max(gl.abs(q), 1), most))
     q = (q / unit[:, None]).to(gl.float16).reshape([16, 4, 4, 2, 4, 2, 2]).permute(1, 0, 3, 4, 5, 2, 6)
     q = gl.convert_layout(q.reshape([4, 16, 128]), gl.DotOperandLayout(0, mma, 2))
-    narrow: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    row = first_row + gl.arange(0, 16, gl.SliceLayout(1, narrow))
-    at = (row // heads).to(gl.int64) * qr_t + (row % heads).to(gl.int64) * qr_h
-    col = gl.arange(0, 64, gl.SliceLayout(0, narrow))
-    pe = gl.load(q_rope + at[:, None] + col[None, :], mask=(row < queries * heads)[:, None], other=0.0)
-    pe = gl.convert_layout(pe.reshape([16, 4, 16]).permute(1, 0, 2), gl.DotOperandLayout(0, mma, 2))
+    pe = pe.to(gl.float32) / gl.convert_layout(unit, gl.SliceLayout(1, narrow))[:, None]
+    pe = pe.to(q_rope.dtype.element_ty).reshape([16, 4, 16]).permute(1, 0, 2)
+    pe = gl.convert_layout(pe, gl.DotOperandLayout(0, mma, 2))
     return q, pe, gl.convert_layout(unit, gl.SliceLayout(1, gl.SliceLayout(0, mma)))
 
 
 @gluon.jit
-def _scales(scale, s_s, s_g, slot, last, N: gl.constexpr, mma: gl.constexpr):
+def _scales(scale, slot, length, N: gl.constexpr, S_S: gl.constexpr, S_G: gl.constexpr, mma: gl.constexpr):
     """[4, N], of the groups of N slots; past the last live slot that one's again, never a dead one's."""
-    at = gl.minimum(slot + gl.arange(0, N, gl.SliceLayout(0, gl.SliceLayout(1, mma))), last).to(gl.int64) * s_s
-    group = gl.arange(0, 4, gl.SliceLayout(1, gl.SliceLayout(1, mma))) * s_g
-    return gl.load(scale + at[None, :] + group[:, None])
+    lane = gl.arange(0, N, gl.SliceLayout(0, gl.SliceLayout(1, mma)))
+    group = gl.arange(0, 4, gl.SliceLayout(1, gl.SliceLayout(1, mma))) * S_G
+    if slot + N <= length:
+        # Nothing but one address to compute.
+        size = gl.load(scale + slot.to(gl.int64) * S_S + (group[:, None] + lane[None, :] * S_S))
+    else:
+        at = gl.minimum(slot + lane, gl.maximum(length - 1, 0)).to(gl.int64) * S_S
+        size = gl.load(scale + at[None, :] + group[:, None])
+    return size
 
 
 @gluon.jit
@@ -152,11 +161,11 @@ def _joined(parts, N: gl.constexpr, mma: gl.constexpr):
 
 
 @gluon.jit
-def _step(logits, top, total):
-    """New maximum and sum of base-2 logits, the weights, and how much the past fades."""
-    new_top = gl.maximum(top, gl.max(logits, 1))
+def _step(logits, unit, top, total):
+    """New maximum and sum of base-2 logits in a positive unit a row, the weights, and how much the past fades."""
+    new_top = gl.maximum(top, gl.max(logits, 1) * unit)
     base = gl.where(new_top == float("-inf"), 0.0, new_top)
-    weights = gl.exp2(logits - base[:, None])
+    weights = gl.exp2(logits * unit[:, None] - base[:, None])
     fade = gl.exp2(top - base)
     return new_top, total * fade + gl.sum(weights, 1), weights, fade
 
@@ -174,8 +183,9 @@ def _store(out, acc, b, split, first_row, queries, heads, splits):
 def mla_split_fp8_hopper(
     q_latent, q_rope, latent, rope, latent_scale, lengths, starts, out, lse,
     queries, heads, scale_log2,
-    ql_b, ql_t, ql_h, qr_b, qr_t, qr_h, c_b, c_s, r_b, r_s, s_b, s_s, s_g, slots, splits, window,
+    ql_b, ql_t, ql_h, qr_b, qr_t, qr_h, c_b, c_s, r_b, r_s, s_b, slots, splits, window,
     LENGTHS: gl.constexpr, STARTS: gl.constexpr, STAGES: gl.constexpr, N: gl.constexpr,
+    LONG: gl.constexpr, S_S: gl.constexpr, S_G: gl.constexpr,
 ):  # fmt: skip
     """As ``mla_split`` for C = 512, R = 64: out [B, T * H, splits, C] normalised, lse [B, T * H, splits]."""
     mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [4, 1, 1], [1, 16, 8])
@@ -188,8 +198,11 @@ def mla_split_fp8_hopper(
     first_row = gl.program_id(0) * 16
     row = first_row + gl.arange(0, 16, rows)
     length, begin, tiles, low, high = share_of(
-        lengths, starts, b, row // heads, split, queries, slots, splits, window, N, LENGTHS, STARTS
+        lengths, starts, b, row // heads, split, queries, slots, splits, window, N, LONG, LENGTHS, STARTS
     )
+    # A tile from ``least`` to ``most`` every query sees whole.
+    least = gl.max(low, 0)
+    most = length - (queries - 1)
     # Descriptors that end at this row's length: the copy engine fills what lies beyond with zeros.
     room = gl.maximum(length, 1)
     code_tiles = tma.make_tensor_descriptor(latent + b * c_b, [room, 512], [c_s, 1], [N, 512], byte)
@@ -207,9 +220,9 @@ def mla_split_fp8_hopper(
     q, pe, unit = _queries(
         q_latent + b * ql_b, q_rope + b * qr_b, first_row, queries, heads, ql_t, ql_h, qr_t, qr_h, mma
     )
-    last = gl.maximum(length - 1, 0)
+    unit = unit * scale_log2
     scale = latent_scale + b * s_b
-    next_size = _scales(scale, s_s, s_g, begin, last, N, mma)
+    next_size = _scales(scale, begin, length, N, S_S, S_G, mma)
 
     top = gl.full([16], float("-inf"), gl.float32, rows)
     total = gl.zeros([16], gl.float32, rows)
@@ -224,16 +237,19 @@ def mla_split_fp8_hopper(
         _fetch(code_tiles, rope_tiles, codes, ropes, full, ahead, begin + ahead * N, go, N, STAGES)
         # After the fence of the copies, which would wait for these reads.
         size = next_size
-        next_size = _scales(scale, s_s, s_g, begin + (i + 1) * N, last, N, mma)
+        next_size = _scales(scale, begin + (i + 1) * N, length, N, S_S, S_G, mma)
         mbarrier.wait(full.index(turn), i // STAGES & 1)
         part = mma_v2(q, _keys(codes.index(turn), N, mma), gl.zeros([4, 16, N], gl.float32, mma))
-        part = part * gl.expand_dims(size, 1) * _along(unit, 1)
+        part = part * gl.expand_dims(size, 1)
         parts.store(mma_v2(pe, _roped(ropes.index(turn), N, mma), part))
         gl.thread_barrier()
         logits = _joined(parts, N, mma)
-        slot = begin + i * N + gl.arange(0, N, gl.SliceLayout(0, gl.SliceLayout(0, mma)))
-        seen = (slot[None, :] < high[:, None]) & (slot[None, :] >= low[:, None])
-        top, total, weights, fade = _step(gl.where(seen, logits * scale_log2, float("-inf")), top, total)
+        here = begin + i * N
+        if (here < least) | (here + N > most):
+            slot = here + gl.arange(0, N, gl.SliceLayout(0, gl.SliceLayout(0, mma)))
+            seen = (slot[None, :] < high[:, None]) & (slot[None, :] >= low[:, None])
+            logits = gl.where(seen, logits, float("-inf"))
+        top, total, weights, fade = _step(logits, unit, top, total)
         # Weights times scales are taken relative to the group's largest scale so far, again for float16's sake.
         new_largest = gl.maximum(largest, _power_above(gl.max(size, 1)))
         fades = _along(fade, 1) * _along(largest / new_largest, 0)

@@ -25,14 +25,19 @@ from triton.language.extra.cuda import gdc_launch_dependents
 
 # Steps of a split at least: those of its tilings, so that a cache with room to spare is split as one without.
 LEAST = gl.constexpr(2)
+# No split is so long.
+NEVER = gl.constexpr(1 << 30)
 
 
 @gluon.jit
 def share_of(
     lengths, starts, b, t, split, queries, slots, splits, window,
-    STEP: gl.constexpr, LENGTHS: gl.constexpr, STARTS: gl.constexpr,
+    STEP: gl.constexpr, LONG: gl.constexpr, LENGTHS: gl.constexpr, STARTS: gl.constexpr,
 ):  # fmt: skip
-    """Batch row b's length, the first slot and the steps of STEP slots of one split, and [low, high) of each query."""
+    """Batch row b's length, the first slot and the steps of STEP slots of one split, and [low, high) of each query.
+
+    LONG: steps above which a split has twice as many at least.
+    """
     length = slots
     if LENGTHS:
         length = gl.minimum(gl.load(lengths + b).to(gl.int32), slots)
@@ -42,8 +47,8 @@ def share_of(
     high = length - (queries - 1 - t)
     low = gl.maximum(start, high - window)
     first = gl.maximum(start, length - (queries - 1) - window)
-    share = (gl.maximum(length - first, 0) + STEP - 1) // STEP
-    share = gl.maximum((share + splits - 1) // splits, LEAST) * STEP
+    steps = (gl.maximum(length - first, 0) + STEP - 1) // STEP
+    share = gl.maximum((steps + splits - 1) // splits, gl.where(steps > LONG, 2 * LEAST, LEAST)) * STEP
     begin = first + split * share
     return length, begin, (gl.minimum(begin + share, length) - begin + STEP - 1) // STEP, low, high
 
@@ -58,7 +63,7 @@ def _feed(
     shared: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     b = gl.program_id(2).to(gl.int64)
     length, begin, pairs, low, high = share_of(
-        lengths, starts, b, 0, gl.program_id(1), queries, slots, splits, window, 128, LENGTHS, STARTS
+        lengths, starts, b, 0, gl.program_id(1), queries, slots, splits, window, 128, NEVER, LENGTHS, STARTS
     )
     # Descriptors that end at this row's length: the copy engine fills what lies beyond with zeros.
     room = gl.maximum(length, 1)
@@ -205,10 +210,10 @@ def _attend(
     mbarrier.arrive(loaded, count=1)
     row = first_row + gl.arange(0, 64, gl.SliceLayout(1, logit))
     length, begin, pairs, low, high = share_of(
-        lengths, starts, b, row // heads, split, queries, slots, splits, window, 128, LENGTHS, STARTS
+        lengths, starts, b, row // heads, split, queries, slots, splits, window, 128, NEVER, LENGTHS, STARTS
     )
     length, begin, pairs, least, high_last = share_of(
-        lengths, starts, b, queries - 1, split, queries, slots, splits, window, 128, LENGTHS, STARTS
+        lengths, starts, b, queries - 1, split, queries, slots, splits, window, 128, NEVER, LENGTHS, STARTS
     )
     most = length - (queries - 1)
     top = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, logit))

@@ -33,9 +33,9 @@ class Sweep:
 
     rows: int = 64
     columns: int = 128
-    sweep: int = 4
+    sweep: int = 1
     warps: int = 4
-    stages: int = 2
+    stages: int = 3
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class Stretch:
 class AttentionTiling:
     """rows, slots: tile of queries and of cached tokens; halves: output parts; stages, warps: Triton's.
 
-    tma: the cache is read by the copy engine; gluon: the kernel written for Hopper by hand; least: tiles of a split;
-    programs: on a multiprocessor at a time.
+    tma: the cache is read by the copy engine; gluon: the kernel written for Hopper by hand; least: tiles of a split,
+    twice as many where the cache has more than ``long``; programs: on a multiprocessor at a time.
     """
 
     rows: int
@@ -67,6 +67,7 @@ class AttentionTiling:
     tma: bool
     gluon: bool = False
     least: int = 1
+    long: int = 1 << 30
     programs: int = 1
 
 
@@ -103,7 +104,7 @@ FEW_ROWS = AttentionTiling(rows=16, slots=64, halves=1, stages=3, warps=4, tma=F
 SOME_ROWS = AttentionTiling(rows=32, slots=64, halves=1, stages=3, warps=4, tma=False)
 MANY_ROWS = AttentionTiling(rows=64, slots=64, halves=2, stages=2, warps=4, tma=True)
 FEW_ROWS_FP8_BY_HAND = AttentionTiling(
-    rows=16, slots=64, halves=1, stages=2, warps=4, tma=True, gluon=True, least=2, programs=2
+    rows=16, slots=64, halves=1, stages=2, warps=4, tma=True, gluon=True, least=2, long=128, programs=2
 )
 # Two tiles of 64 slots at a time; below two such pairs a split is no faster, and there are more of them to join.
 MANY_ROWS_BY_HAND = AttentionTiling(rows=64, slots=128, halves=1, stages=2, warps=4, tma=True, gluon=True, least=2)
@@ -127,7 +128,7 @@ _FP8_ROWS = (
     Tiling(rows=128, columns=128, depth=128, stages=3, warps=8),
     Tiling(rows=128, columns=64, depth=128, stages=4, warps=4),
 )
-_SWEEPS = (Sweep(sweep=1), Sweep(sweep=7), Sweep(stages=3), Sweep(rows=128, sweep=4, warps=8))
+_SWEEPS = (Sweep(stages=2), Sweep(sweep=4), Sweep(sweep=4, stages=2), Sweep(rows=128, warps=8))
 LISTS: dict[str, dict[str, tuple[Any, ...]]] = {
     "hopper": {
         "grouped_rows": (
