@@ -90,7 +90,7 @@ def by_hand(fp8_codes):
     kinds = CACHE | {"latent": CODES if fp8_codes else BF16, "latent_scale": FLOAT, "scale_log2": "fp32"}
     constants = {"queries": 1, "LENGTHS": True, "STARTS": True}
     if fp8_codes:
-        constants |= {"s_g": 1, "STAGES": tiling.stages, "N": tiling.slots}
+        constants |= {"STAGES": tiling.stages, "N": tiling.slots, "LONG": tiling.long, "S_S": 4, "S_G": 1}
         return mla_fp8_hopper.mla_split_fp8_hopper, kinds, constants, tiling
     return mla_hopper.mla_split_hopper, kinds, constants | {"C": 512, "R": 64}, tiling
 

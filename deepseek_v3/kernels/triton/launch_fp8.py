@@ -12,7 +12,10 @@ from .fp8 import fp8_grouped_columns, fp8_matmul
 from .launch_mla import tma_ready
 from .launching import cdiv, next_power_of_2
 from .quantize import quantize_blocks, quantize_columns, quantize_rows, transpose_tiles, widen_tiles
-from .tilings import FP8_DENSE, WGRAD, tuned
+from .tilings import FP8_DENSE, WGRAD, WGRAD_FEW, tuned
+
+# Groups of 128 rows an expert on average below which a program of its weight gradient sweeps.
+FEW_GROUPS = 4
 
 
 def _tiles(left, right, rows, columns):
@@ -53,7 +56,8 @@ def grouped_fp8_wgrad(dy, dy_scale, x, x_scale, offsets, dtype, tiling=None):
     if tiling is None:
         again = partial(grouped_fp8_wgrad, dy, dy_scale, x, x_scale, offsets, dtype)
         sizes = {"rows": bucket(dy.shape[1]), "w": (experts, columns, depth), "out": dtype}
-        tiling = tuned("fp8_grouped_columns", WGRAD, x, again, **sizes)
+        default = WGRAD if dy.shape[1] >= FEW_GROUPS * GROUP * experts else WGRAD_FEW
+        tiling = tuned("fp8_grouped_columns", default, x, again, **sizes)
     dy_tiles, x_tiles = _tiles(dy, x, tiling.rows, tiling.columns)
     out_tiles, flat = None, out.view(-1, depth)
     # The experts' matrices as one: a tile may not reach into the next one's rows.

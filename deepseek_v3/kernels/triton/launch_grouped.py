@@ -16,9 +16,7 @@ from .tilings import (
     FEW_SWIGLU,
     FP8_MANY,
     MANY,
-    MANY_SHALLOW,
     PLAIN,
-    SHALLOW,
     SHORT,
     SHORT_COLUMNS,
     SHORT_ROWS,
@@ -51,12 +49,11 @@ def _precision(tensor: torch.Tensor) -> str:
     return "ieee" if tensor.dtype == torch.float32 else "tf32"
 
 
-def _rows_tiling(w: torch.Tensor, pairs: int, experts: int, columns: int, short: bool) -> Tiling:
-    """The fixed tiling of `grouped_rows` for weights w; short: the products are sums over few numbers."""
+def _rows_tiling(w: torch.Tensor, pairs: int, experts: int, columns: int) -> Tiling:
+    """The fixed tiling of `grouped_rows` for weights w."""
     if w.dtype == torch.float32:
         return SHORT_ROWS if columns <= SHORT else SHORT_SUMS
-    many = MANY_SHALLOW if short else MANY
-    return PLAIN if is_small(w) else SOME if pairs < 96 * experts else many
+    return PLAIN if is_small(w) else SOME if pairs < 96 * experts else MANY
 
 
 def _columns_tiling(x: torch.Tensor, columns: int, depth: int) -> Tiling:
@@ -77,8 +74,7 @@ def grouped_gemm(x, w, offsets, transposed, out_dtype=None, x_scale=None, w_scal
     if not transposed and is_few(pairs, experts) and tiling is None:
         return grouped_rows_few(x, w, offsets, None, 1, False, out, x_scale, w_scale)
     if tiling is None:
-        short = depth <= SHALLOW and not transposed
-        default = FP8_MANY if fp8 else _rows_tiling(w, pairs, experts, columns, short)
+        default = FP8_MANY if fp8 else _rows_tiling(w, pairs, experts, columns)
         again = partial(grouped_gemm, x, w, offsets, transposed, out_dtype, x_scale, w_scale)
         kernel = "grouped_rows_fp8" if fp8 else "grouped_rows"
         tiling = tuned(kernel, default, w, again, rows=bucket(pairs), w=w.shape, transposed=transposed)

@@ -141,13 +141,13 @@ def mla_combine(
     if EARLY:
         gdc_wait()
     each = tl.load(partial_lse + row * splits + split, mask=split < splits, other=float("-inf"))
+    values = tl.load(
+        partial + (row * splits + split[:, None]) * C + col[None, :], mask=(split < splits)[:, None], other=0.0
+    )
     top = tl.max(each, 0)
     base = tl.where(top == float("-inf"), 0.0, top)
     weight = tl.exp(each - base)
     total = tl.sum(weight, 0)
-    values = tl.load(
-        partial + (row * splits + split[:, None]) * C + col[None, :], mask=(split < splits)[:, None], other=0.0
-    )
     mixed = tl.sum(values * weight[:, None], 0) / tl.where(total == 0.0, 1.0, total)
     tl.store(out + row * C + col, mixed.to(out.dtype.element_ty))
     if tl.program_id(1) == 0:

@@ -39,6 +39,8 @@ def layout_of(kind, slots=16):
     elif kind == "ropes":
         registers, lanes, warps = columns(1, 8) + tokens[3:], columns(2, 4) + tokens[:3], columns(16, 32)
         shape = [slots, 64]
+    elif kind == "stored":  # a row of a warp's columns at a time
+        registers, lanes = columns(1, 2) + tokens, columns(4, 8, 16, 32, 64)
     else:  # the keys, and the output
         registers, lanes = columns(1, 2, 4, 8, 16) + tokens[3:], columns(32, 64) + tokens[:3]
     return gl.DistributedLinearLayout(registers, lanes, warps, [], shape)
@@ -149,9 +151,10 @@ def _values(codes, N: gl.constexpr, mma: gl.constexpr):
 
 @gluon.jit
 def _in_order(acc):
-    """The output [4, 16, 128] as [16, 512], its columns put back in order."""
+    """The output [4, 16, 128] as [16, 512], its columns put back in order, as whole lines are stored."""
     acc = acc.reshape([4, 16, 16, 8]).permute(1, 0, 3, 2).reshape([16, 512])
-    return gl.convert_layout(acc, layout_of("output"), assert_trivial=True)
+    acc = gl.convert_layout(acc, layout_of("output"), assert_trivial=True)
+    return gl.convert_layout(acc, layout_of("stored"))
 
 
 @gluon.jit

@@ -73,9 +73,6 @@ class AttentionTiling:
 
 MANY = Tiling(rows=128, columns=256, depth=64, stages=4, warps=8)
 SOME = Tiling(rows=64, columns=256, depth=64, stages=4, warps=8)
-# Where a tile's loop is short, what comes before and after it counts.
-MANY_SHALLOW = Tiling(rows=128, columns=256, depth=64, stages=3, warps=8)
-SHALLOW = 2048
 # Three programs a multiprocessor: the products of the others hide one's float32 promotion.
 FP8_MANY = Tiling(rows=64, columns=128, depth=128, stages=3, warps=4, band=4)
 FP8_DENSE = Tiling(rows=64, columns=128, depth=128, stages=3, warps=4, band=32)
@@ -91,6 +88,8 @@ SHORT_SUMS = Tiling(rows=64, columns=64, depth=16, stages=3, warps=4)
 SHORT_COLUMNS = Tiling(rows=64, columns=16, depth=32, stages=3, warps=4)
 SHORT = 16
 WGRAD = Sweep()
+# Few rows an expert make a tile short work, of which a program then does several.
+WGRAD_FEW = Sweep(sweep=4, stages=2)
 
 SINGLE = Stretch(rows=2, warps=8)
 SINGLE_SWIGLU = Stretch(rows=1, warps=4)
@@ -128,7 +127,7 @@ _FP8_ROWS = (
     Tiling(rows=128, columns=128, depth=128, stages=3, warps=8),
     Tiling(rows=128, columns=64, depth=128, stages=4, warps=4),
 )
-_SWEEPS = (Sweep(stages=2), Sweep(sweep=4), Sweep(sweep=4, stages=2), Sweep(rows=128, warps=8))
+_SWEEPS = (Sweep(), Sweep(stages=2), Sweep(sweep=4), Sweep(sweep=4, stages=2), Sweep(rows=128, warps=8))
 LISTS: dict[str, dict[str, tuple[Any, ...]]] = {
     "hopper": {
         "grouped_rows": (
