@@ -22,15 +22,16 @@ def locate(
     low = tl.load(offsets + i, mask=i < experts, other=0)
     high = tl.load(offsets + i + 1, mask=i < experts, other=0)
     tiles = (high - low + BLOCK_M - 1) // BLOCK_M
-    e = tl.sum((tl.cumsum(tiles, 0) * n_tiles <= pid).to(tl.int32), 0)
-    here = i == e
-    local = pid - tl.sum(tl.where(i < e, tiles, 0), 0) * n_tiles
-    m_tiles = tl.sum(tl.where(here, tiles, 0), 0)
+    # The experts before this one and their tiles in one sum: what is added up across warps waits for all of them.
+    before = tl.where(tl.cumsum(tiles, 0) * n_tiles <= pid, (1 << 32) + tiles.to(tl.int64), 0)
+    before = tl.sum(before, 0)
+    e = (before >> 32).to(tl.int32)
+    start = tl.load(offsets + e, mask=e < experts, other=0)
+    end = tl.load(offsets + e + 1, mask=e < experts, other=0)
+    local = pid - (before & 0xFFFFFFFF).to(tl.int32) * n_tiles
     band = local // (GROUP_M * n_tiles) * GROUP_M
-    height = tl.maximum(tl.minimum(m_tiles - band, GROUP_M), 1)
+    height = tl.maximum(tl.minimum((end - start + BLOCK_M - 1) // BLOCK_M - band, GROUP_M), 1)
     inside = local % (GROUP_M * n_tiles)
-    start = tl.sum(tl.where(here, low, 0), 0)
-    end = tl.sum(tl.where(here, high, 0), 0)
     return e, start, end, band + inside % height, inside // height
 
 

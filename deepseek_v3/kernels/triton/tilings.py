@@ -74,7 +74,7 @@ class AttentionTiling:
 MANY = Tiling(rows=128, columns=256, depth=64, stages=4, warps=8)
 SOME = Tiling(rows=64, columns=256, depth=64, stages=4, warps=8)
 # Three programs a multiprocessor: the products of the others hide one's float32 promotion.
-FP8_MANY = Tiling(rows=64, columns=128, depth=128, stages=3, warps=4, band=4)
+FP8_MANY = Tiling(rows=64, columns=128, depth=128, stages=3, warps=4)
 FP8_DENSE = Tiling(rows=64, columns=128, depth=128, stages=3, warps=4, band=32)
 COLUMNS = Tiling(rows=64, columns=256, depth=128, stages=3, warps=8)
 FEW = Tiling(rows=16, columns=64, depth=128, stages=4, warps=4)
