@@ -116,8 +116,9 @@ def _run(q_latent, q_rope, latent, rope, scale, lengths, starts, latent_scale, s
         return out.contiguous(), lse.contiguous()
     from .triton.launch_mla import mla_decode as launch
 
-    ql, qr, c, r = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_latent, q_rope, latent, rope))
-    return launch(ql, qr, c, r, scale, lengths, starts, latent_scale, sliding_window)
+    tensors = (q_latent, q_rope, latent, rope, latent_scale)
+    ql, qr, c, r, of_groups = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in tensors)
+    return launch(ql, qr, c, r, scale, lengths, starts, of_groups, sliding_window)
 
 
 def _check(q_latent, q_rope, latent, rope, lengths, starts, latent_scale, sliding_window) -> None:

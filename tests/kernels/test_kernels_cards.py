@@ -90,7 +90,7 @@ def by_hand(fp8_codes):
     kinds = CACHE | {"latent": CODES if fp8_codes else BF16, "latent_scale": FLOAT, "scale_log2": "fp32"}
     constants = {"queries": 1, "LENGTHS": True, "STARTS": True}
     if fp8_codes:
-        constants |= {"STAGES": tiling.stages, "N": tiling.slots, "LONG": tiling.long, "S_S": 4, "S_G": 1}
+        constants |= {"STAGES": tiling.stages, "N": tiling.slots, "LONG": tiling.long, "S_S": 4}
         return mla_fp8_hopper.mla_split_fp8_hopper, kinds, constants, tiling
     return mla_hopper.mla_split_hopper, kinds, constants | {"C": 512, "R": 64}, tiling
 
@@ -102,6 +102,7 @@ def test_kernels_written_for_hopper_keep_their_registers(fp8_codes, tmp_path):
     compiled = compile_for(90, *launch, source=GluonASTSource)
     programs = launch[-1].programs
     assert launch[-1].least == mla_hopper.LEAST.value
+    assert fp8_codes or launch[-1].long == mla_hopper.NEVER.value
     assert 0 < compiled.metadata.shared + 1024 <= (ROOM[90] + 1024) // programs
     (tmp_path / "kernel.ptx").write_text(compiled.asm["ptx"])
     assembler = [triton.knobs.nvidia.ptxas.path, "-v", "-arch=sm_90a", "kernel.ptx", "-o", "kernel.cubin"]

@@ -12,7 +12,7 @@ from triton.runtime.jit import JITFunction
 
 from deepseek_v3.kernels import dispatch, rms_norm
 from deepseek_v3.kernels.triton import launching
-from deepseek_v3.kernels.triton.launch_mla import splits_for
+from deepseek_v3.kernels.triton.launch_mla import join_tile, splits_for
 from deepseek_v3.kernels.triton.tilings import FEW_ROWS, FEW_ROWS_FP8_BY_HAND, MANY_ROWS, MANY_ROWS_BY_HAND
 
 
@@ -182,6 +182,14 @@ def test_the_dispatcher_is_passed_by_only_where_nothing_looks_on():
         assert not dispatch.unwatched((fake, weight))
         assert rms_norm(fake, mode.from_tensor(weight)).shape == x.shape
         assert torch.allclose(torch.vmap(lambda row: row * dispatch.unwatched((row,)))(x), torch.zeros(2, 8))
+
+
+@pytest.mark.parametrize("rank", [32, 64, 256, 512])
+def test_the_splits_that_one_program_joins_fit_its_registers(rank):
+    """Up to the splits that two programs on each of 148 multiprocessors make; 64 numbers a thread do not spill."""
+    for splits in range(2, 297):
+        cols, warps = join_tile(splits, rank)
+        assert rank % cols == 0 and 1 << (splits - 1).bit_length() <= 64 * warps * 32 // cols
 
 
 @pytest.mark.parametrize("tiling", [FEW_ROWS, MANY_ROWS, MANY_ROWS_BY_HAND, FEW_ROWS_FP8_BY_HAND], ids=str)

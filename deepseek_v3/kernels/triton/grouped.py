@@ -10,6 +10,24 @@ import triton.language as tl
 
 
 @triton.jit
+def expert_of(offsets, piece, each, experts, ROWS: tl.constexpr, BLOCK_E: tl.constexpr):
+    """The expert of a piece, the expert's first row and end, its first piece: ``each`` pieces for every ROWS rows.
+
+    The expert is ``experts`` or more, and without rows, where there are fewer pieces.
+    """
+    i = tl.arange(0, BLOCK_E)
+    low = tl.load(offsets + i, mask=i < experts, other=0)
+    high = tl.load(offsets + i + 1, mask=i < experts, other=0)
+    tiles = (high - low + ROWS - 1) // ROWS
+    # The experts before this one and their tiles in one sum: what is added up across warps waits for all of them.
+    before = tl.sum(tl.where(tl.cumsum(tiles, 0) * each <= piece, (1 << 32) + tiles.to(tl.int64), 0), 0)
+    e = (before >> 32).to(tl.int32)
+    start = tl.load(offsets + e, mask=e < experts, other=0)
+    end = tl.load(offsets + e + 1, mask=e < experts, other=0)
+    return e, start, end, (before & 0xFFFFFFFF).to(tl.int32) * each
+
+
+@triton.jit
 def locate(
     offsets, pid, n_tiles, experts,
     BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, GROUP_M: tl.constexpr,
@@ -18,17 +36,8 @@ def locate(
 
     Row tiles of one expert that share weights are neighbours, in bands of GROUP_M so that the rows stay in the L2.
     """
-    i = tl.arange(0, BLOCK_E)
-    low = tl.load(offsets + i, mask=i < experts, other=0)
-    high = tl.load(offsets + i + 1, mask=i < experts, other=0)
-    tiles = (high - low + BLOCK_M - 1) // BLOCK_M
-    # The experts before this one and their tiles in one sum: what is added up across warps waits for all of them.
-    before = tl.where(tl.cumsum(tiles, 0) * n_tiles <= pid, (1 << 32) + tiles.to(tl.int64), 0)
-    before = tl.sum(before, 0)
-    e = (before >> 32).to(tl.int32)
-    start = tl.load(offsets + e, mask=e < experts, other=0)
-    end = tl.load(offsets + e + 1, mask=e < experts, other=0)
-    local = pid - (before & 0xFFFFFFFF).to(tl.int32) * n_tiles
+    e, start, end, first = expert_of(offsets, pid, n_tiles, experts, BLOCK_M, BLOCK_E)
+    local = pid - first
     band = local // (GROUP_M * n_tiles) * GROUP_M
     height = tl.maximum(tl.minimum((end - start + BLOCK_M - 1) // BLOCK_M - band, GROUP_M), 1)
     inside = local % (GROUP_M * n_tiles)

@@ -24,7 +24,7 @@ from .tilings import (
 )
 
 NO_WINDOW = 1 << 30
-# Query rows times cached slots up to which the two halves are the faster ones: 128 heads over 4,096 slots.
+# Query rows times cached slots up to which the compiler's kernels are the faster ones: 128 heads over 4,096 slots.
 LITTLE = 128 << 12
 LOG2_E = 1.4426950408889634
 
@@ -79,7 +79,7 @@ def splits_for(programs: int, slots: int, tiling: AttentionTiling, multiprocesso
 
 
 def join_tile(splits: int, rank: int) -> tuple[int, int]:
-    """Columns and warps of a program that joins ``splits`` parts, all of them in registers: 64 of a thread."""
+    """Columns and warps of a program that joins ``splits`` parts, all of them in registers: at most 64 of a thread."""
     cols = min(rank, 256 if splits <= 8 else 128 if splits <= 32 else 64)
     return cols, max(2, next_power_of_2(splits) * cols // 2048)
 
@@ -133,8 +133,7 @@ def split_kernel(tiling, q_latent, q_rope, latent, rope, latent_scale, lengths, 
         of_batch, of_slot, of_group = latent_scale.stride()
         if tiling.gluon:
             strides = (*strides, of_batch)
-            options |= {"STAGES": tiling.stages, "N": tiling.slots, "LONG": tiling.long}
-            options |= {"S_S": of_slot, "S_G": of_group}
+            options |= {"STAGES": tiling.stages, "N": tiling.slots, "LONG": tiling.long, "S_S": of_slot}
             name, constants = "mla_split_fp8_hopper", options | warps
         else:
             strides = (*strides, of_batch, of_slot, of_group)

@@ -113,10 +113,10 @@ def _queries(
 
 
 @gluon.jit
-def _scales(scale, slot, length, N: gl.constexpr, S_S: gl.constexpr, S_G: gl.constexpr, mma: gl.constexpr):
+def _scales(scale, slot, length, N: gl.constexpr, S_S: gl.constexpr, mma: gl.constexpr):
     """[4, N], of the groups of N slots; past the last live slot that one's again, never a dead one's."""
     lane = gl.arange(0, N, gl.SliceLayout(0, gl.SliceLayout(1, mma)))
-    group = gl.arange(0, 4, gl.SliceLayout(1, gl.SliceLayout(1, mma))) * S_G
+    group = gl.arange(0, 4, gl.SliceLayout(1, gl.SliceLayout(1, mma)))
     if slot + N <= length:
         # Nothing but one address to compute.
         size = gl.load(scale + slot.to(gl.int64) * S_S + (group[:, None] + lane[None, :] * S_S))
@@ -188,7 +188,7 @@ def mla_split_fp8_hopper(
     queries, heads, scale_log2,
     ql_b, ql_t, ql_h, qr_b, qr_t, qr_h, c_b, c_s, r_b, r_s, s_b, slots, splits, window,
     LENGTHS: gl.constexpr, STARTS: gl.constexpr, STAGES: gl.constexpr, N: gl.constexpr,
-    LONG: gl.constexpr, S_S: gl.constexpr, S_G: gl.constexpr,
+    LONG: gl.constexpr, S_S: gl.constexpr,
 ):  # fmt: skip
     """As ``mla_split`` for C = 512, R = 64: out [B, T * H, splits, C] normalised, lse [B, T * H, splits]."""
     mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [4, 1, 1], [1, 16, 8])
@@ -223,9 +223,10 @@ def mla_split_fp8_hopper(
     q, pe, unit = _queries(
         q_latent + b * ql_b, q_rope + b * qr_b, first_row, queries, heads, ql_t, ql_h, qr_t, qr_h, mma
     )
-    unit = unit * scale_log2
+    # Not zero, which would make NaN of what is masked.
+    unit = gl.maximum(unit * scale_log2, 1e-37)
     scale = latent_scale + b * s_b
-    next_size = _scales(scale, begin, length, N, S_S, S_G, mma)
+    next_size = _scales(scale, begin, length, N, S_S, mma)
 
     top = gl.full([16], float("-inf"), gl.float32, rows)
     total = gl.zeros([16], gl.float32, rows)
@@ -240,7 +241,7 @@ def mla_split_fp8_hopper(
         _fetch(code_tiles, rope_tiles, codes, ropes, full, ahead, begin + ahead * N, go, N, STAGES)
         # After the fence of the copies, which would wait for these reads.
         size = next_size
-        next_size = _scales(scale, begin + (i + 1) * N, length, N, S_S, S_G, mma)
+        next_size = _scales(scale, begin + (i + 1) * N, length, N, S_S, mma)
         mbarrier.wait(full.index(turn), i // STAGES & 1)
         part = mma_v2(q, _keys(codes.index(turn), N, mma), gl.zeros([4, 16, N], gl.float32, mma))
         part = part * gl.expand_dims(size, 1)

@@ -4,6 +4,8 @@ powers of two."""
 import triton
 import triton.language as tl
 
+from .grouped import expert_of
+
 
 @triton.jit
 def magnitude(value):
@@ -88,14 +90,9 @@ def quantize_rows(
 @triton.jit
 def rows_of(offsets, group, experts, GROUP: tl.constexpr, BLOCK_E: tl.constexpr):
     """First row and end of a group where each expert's rows start one of their own; end -1 past the last expert."""
-    i = tl.arange(0, BLOCK_E)
-    low = tl.load(offsets + i, mask=i < experts, other=0)
-    high = tl.load(offsets + i + 1, mask=i < experts, other=0)
-    groups = (high - low + GROUP - 1) // GROUP
-    e = tl.sum((tl.cumsum(groups, 0) <= group).to(tl.int32), 0)
-    inside = group - tl.sum(tl.where(i < e, groups, 0), 0)
-    start = tl.sum(tl.where(i == e, low, 0), 0) + inside * GROUP
-    stop = tl.minimum(start + GROUP, tl.sum(tl.where(i == e, high, 0), 0))
+    e, first, end, before = expert_of(offsets, group, 1, experts, GROUP, BLOCK_E)
+    start = first + (group - before) * GROUP
+    stop = tl.minimum(start + GROUP, end)
     return start, tl.where(e < experts, stop, -1)
 
 

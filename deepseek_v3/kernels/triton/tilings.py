@@ -151,7 +151,7 @@ LISTS: dict[str, dict[str, tuple[Any, ...]]] = {
             AttentionTiling(rows=16, slots=32, halves=1, stages=4, warps=4, tma=False),
             AttentionTiling(rows=16, slots=128, halves=1, stages=1, warps=8, tma=False),
         ),
-        "mla_by_hand": (MANY_ROWS,),
+        "mla_by_hand": (MANY_ROWS, SOME_ROWS),
     },
     "ampere": {
         "grouped_rows": (
