@@ -8,8 +8,18 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.language import NVMMASharedLayout
 
-from deepseek_v3.kernels.triton import fp8, grouped, mla, mla_fp8, mla_fp8_hopper, mla_hopper, tilings
+from deepseek_v3.kernels.triton import (
+    fp8,
+    grouped,
+    grouped_hopper,
+    mla,
+    mla_fp8,
+    mla_fp8_hopper,
+    mla_hopper,
+    tilings,
+)
 
 # Shared memory that a program may have, bytes: CUDA C++ Programming Guide, compute capabilities.
 ROOM = {86: 99 << 10, 89: 99 << 10, 90: 227 << 10}
@@ -59,7 +69,7 @@ def compile_for(card, kernel, kinds, constants, tiling, source=ASTSource):
     for place, parameter in enumerate(kernel.params):
         name = parameter.name
         signature[name] = "constexpr" if name in constants else kinds.get(name, "i32")
-        if signature[name] not in ("constexpr", "fp32"):
+        if signature[name] not in ("constexpr", "fp32") and not signature[name].startswith("tensordesc"):
             divisible[(place,)] = [["tt.divisibility", 16]]
     options = {"num_warps": tiling.warps, "num_stages": tiling.stages}
     source = source(kernel, signature, constants, divisible)
@@ -95,14 +105,56 @@ def by_hand(fp8_codes):
     return mla_hopper.mla_split_hopper, kinds, constants | {"C": 512, "R": 64}, tiling
 
 
-@pytest.mark.parametrize("fp8_codes", [False, True])
-def test_kernels_written_for_hopper_keep_their_registers(fp8_codes, tmp_path):
+def tiles(kind, *block):
+    """The type of a tensor descriptor in a signature."""
+    layout = NVMMASharedLayout(128, 8 if kind == CODES else 16, len(block))
+    return f"tensordesc<{kind[1:]}{list(block)},{layout!r}>"
+
+
+def rows_by_hand(kind, transposed):
+    tiling = tilings.FP8_MANY_BY_HAND if kind == CODES else tilings.MANY_BY_HAND
+    box = (tiling.depth, tiling.columns) if transposed else (tiling.columns, tiling.depth)
+    kinds = ROWS | SCALES | {"counter": INT, "x_tiles": tiles(kind, 64, tiling.depth)}
+    kinds |= {"w_tiles": tiles(kind, 1, *box), "out_tiles": tiles(BF16, 64, 128)}
+    constants = {"DEPTH": tiling.depth, "STAGES": tiling.stages, "BAND": tiling.band, "FP8": kind == CODES}
+    constants |= {"TRANSPOSED": transposed} | ({} if kind == CODES else NO_SCALES)
+    return grouped_hopper.grouped_rows_hopper, kinds, constants, tiling
+
+
+def columns_by_hand():
+    tiling = tilings.COLUMNS_BY_HAND
+    kinds = ROWS | {"dy": BF16, "counter": INT, "out_tiles": tiles(BF16, 1, 64, 128)}
+    return grouped_hopper.grouped_columns_hopper, kinds, {"DEPTH": tiling.rows, "STAGES": tiling.stages}, tiling
+
+
+BY_HAND = {
+    "decode": by_hand(fp8_codes=False),
+    "decode-fp8": by_hand(fp8_codes=True),
+    "rows": rows_by_hand(BF16, transposed=False),
+    "rows-transposed": rows_by_hand(BF16, transposed=True),
+    "rows-fp8": rows_by_hand(CODES, transposed=False),
+    "columns": columns_by_hand(),
+}
+
+
+def test_the_steps_of_the_decode_are_those_of_its_tilings():
+    assert tilings.FEW_ROWS_FP8_BY_HAND.least == tilings.MANY_ROWS_BY_HAND.least == mla_hopper.LEAST.value
+    assert tilings.MANY_ROWS_BY_HAND.long == mla_hopper.NEVER.value
+
+
+def test_the_tiles_of_the_grouped_products_are_those_of_their_tilings():
+    for tiling in (tilings.MANY_BY_HAND, tilings.FP8_MANY_BY_HAND):
+        assert (tiling.rows, tiling.columns) == (2 * grouped_hopper.ROWS.value, grouped_hopper.COLUMNS.value)
+    tiling = tilings.COLUMNS_BY_HAND
+    assert (tiling.depth, tiling.columns) == (2 * grouped_hopper.ROWS.value, grouped_hopper.COLUMNS.value)
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_kernels_written_for_hopper_keep_their_registers(name, tmp_path):
     """Nothing spilled, and no products in a row for want of registers: the assembler tells."""
-    launch = by_hand(fp8_codes)
+    launch = BY_HAND[name]
     compiled = compile_for(90, *launch, source=GluonASTSource)
-    programs = launch[-1].programs
-    assert launch[-1].least == mla_hopper.LEAST.value
-    assert fp8_codes or launch[-1].long == mla_hopper.NEVER.value
+    programs = getattr(launch[-1], "programs", 1)
     assert 0 < compiled.metadata.shared + 1024 <= (ROOM[90] + 1024) // programs
     (tmp_path / "kernel.ptx").write_text(compiled.asm["ptx"])
     assembler = [triton.knobs.nvidia.ptxas.path, "-v", "-arch=sm_90a", "kernel.ptx", "-o", "kernel.cubin"]

@@ -68,11 +68,17 @@ def turn_heads(
     place = b * cos_b + t * cos_t + lane
     c = tl.load(cos + place, mask=lane < half, other=0.0).to(tl.float32)[None, :]
     s = tl.load(sin + place, mask=lane < half, other=0.0).to(tl.float32)[None, :]
-    mask = (h < heads)[:, None] & (lane < half)[None, :]
+    live = (h < heads)[:, None]
+    mask = live & (lane < half)[None, :]
     own = q + b * q_b + t * q_t + h.to(tl.int64)[:, None] * q_h + nope
-    first = tl.load(own + (2 * lane if INTERLEAVE else lane)[None, :], mask=mask, other=0.0).to(tl.float32)
-    second = tl.load(own + (2 * lane + 1 if INTERLEAVE else lane + half)[None, :], mask=mask, other=0.0)
-    second = second.to(tl.float32)
+    if INTERLEAVE:
+        # Neighbours are read together, in long pieces.
+        both = tl.arange(0, 2 * HALF)[None, :]
+        pairs = tl.load(own + both, mask=live & (both < 2 * half), other=0.0).to(tl.float32)
+        first, second = tl.split(pairs.reshape(HEADS, HALF, 2))
+    else:
+        first = tl.load(own + lane[None, :], mask=mask, other=0.0).to(tl.float32)
+        second = tl.load(own + half + lane[None, :], mask=mask, other=0.0).to(tl.float32)
     # One thread's places are read by another: all are read before any is written.
     tl.debug_barrier()
     dtype: tl.constexpr = q.dtype.element_ty

@@ -1,21 +1,26 @@
 """Launchers of the grouped matrix products: tile shapes by the number of rows an expert can expect."""
 
+import math
 from functools import partial
 
 import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..dispatch import capability, processors
 from ..tuning import bucket
 from .grouped import grouped_columns, grouped_few, grouped_rows, grouped_step
 from .launch_mla import scratch, tma_ready
 from .launching import Launcher, cdiv, next_power_of_2
 from .tilings import (
     COLUMNS,
+    COLUMNS_BY_HAND,
     FEW,
     FEW_SWIGLU,
     FP8_MANY,
+    FP8_MANY_BY_HAND,
     MANY,
+    MANY_BY_HAND,
     PLAIN,
     SHORT,
     SHORT_COLUMNS,
@@ -49,18 +54,39 @@ def _precision(tensor: torch.Tensor) -> str:
     return "ieee" if tensor.dtype == torch.float32 else "tf32"
 
 
-def _rows_tiling(w: torch.Tensor, pairs: int, experts: int, columns: int) -> Tiling:
-    """The fixed tiling of `grouped_rows` for weights w."""
+def _suits_hopper(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor, tiles: int) -> bool:
+    """Whether the kernels written for Hopper by hand take these operands; ``tiles``: for a multiprocessor at least."""
+    return (
+        out.is_cuda
+        and capability(out.device.index) == (9, 0)
+        and left.dtype == right.dtype
+        and left.dtype.itemsize <= out.dtype.itemsize == 2
+        and all(map(tma_ready, (left, right, out)))
+        and tiles * processors(out.device.index) <= math.prod(out.shape) // (MANY_BY_HAND.rows * MANY_BY_HAND.columns)
+    )
+
+
+def _rows_tiling(x: torch.Tensor, w: torch.Tensor, out: torch.Tensor) -> Tiling:
+    """The fixed tiling of `grouped_rows` for x [P, K] and a stack w of E matrices."""
+    each = out.shape[0] / w.shape[0]
+    if x.dtype == torch.float8_e4m3fn:
+        # Of few tiles the smaller ones are spread better.
+        return FP8_MANY_BY_HAND if each >= 64 and _suits_hopper(x, w, out, 4) else FP8_MANY
     if w.dtype == torch.float32:
-        return SHORT_ROWS if columns <= SHORT else SHORT_SUMS
-    return PLAIN if is_small(w) else SOME if pairs < 96 * experts else MANY
+        return SHORT_ROWS if out.shape[1] <= SHORT else SHORT_SUMS
+    if is_small(w):
+        return PLAIN
+    return SOME if each < 96 else MANY_BY_HAND if _suits_hopper(x, w, out, 2) else MANY
 
 
-def _columns_tiling(x: torch.Tensor, columns: int, depth: int) -> Tiling:
-    """The fixed tiling of `grouped_columns` for gradients [E, columns, depth]."""
-    if x.dtype == torch.float32 and min(columns, depth) <= SHORT:
-        return SHORT_SUMS if columns <= depth else SHORT_COLUMNS
-    return PLAIN if is_small(x) else COLUMNS
+def _columns_tiling(dy: torch.Tensor, x: torch.Tensor, out: torch.Tensor) -> Tiling:
+    """The fixed tiling of `grouped_columns` for gradients ``out`` [E, N, K]."""
+    wide = x if x.dtype == torch.float32 else dy
+    if wide.dtype == torch.float32 and min(out.shape[1:]) <= SHORT:
+        return SHORT_SUMS if out.shape[1] <= out.shape[2] else SHORT_COLUMNS
+    if is_small(wide):
+        return PLAIN
+    return COLUMNS_BY_HAND if _suits_hopper(dy, x, out, 1) else COLUMNS
 
 
 def grouped_gemm(x, w, offsets, transposed, out_dtype=None, x_scale=None, w_scale=None, tiling=None):
@@ -74,10 +100,14 @@ def grouped_gemm(x, w, offsets, transposed, out_dtype=None, x_scale=None, w_scal
     if not transposed and is_few(pairs, experts) and tiling is None:
         return grouped_rows_few(x, w, offsets, None, 1, False, out, x_scale, w_scale)
     if tiling is None:
-        default = FP8_MANY if fp8 else _rows_tiling(w, pairs, experts, columns)
+        default = _rows_tiling(x, w, out)
         again = partial(grouped_gemm, x, w, offsets, transposed, out_dtype, x_scale, w_scale)
         kernel = "grouped_rows_fp8" if fp8 else "grouped_rows"
         tiling = tuned(kernel, default, w, again, rows=bucket(pairs), w=w.shape, transposed=transposed)
+    if tiling.gluon:
+        from .launch_grouped_hopper import rows_by_hand
+
+        return rows_by_hand(x, w, out, offsets, transposed, x_scale, w_scale, tiling)
     tma = not is_small(w) and tma_ready(x) and tma_ready(w)
     x_tiles = w_tiles = None
     if tma:
@@ -156,9 +186,13 @@ def grouped_wgrad(dy, x, offsets, dtype, tiling=None):
     if not out.numel():
         return out
     if tiling is None:
-        default = _columns_tiling(wide, columns, depth)
+        default = _columns_tiling(dy, x, out)
         again = partial(grouped_wgrad, dy, x, offsets, dtype)
         tiling = tuned("grouped_columns", default, wide, again, rows=bucket(x.shape[0]), w=(experts, columns, depth))
+    if tiling.gluon:
+        from .launch_grouped_hopper import columns_by_hand
+
+        return columns_by_hand(dy, x, out, offsets, tiling)
     tma = not is_small(wide) and tma_ready(x) and tma_ready(dy)
     if tma and x.is_cuda:
         triton.set_allocator(scratch)

@@ -17,7 +17,10 @@ from ..tuning import active
 
 @dataclass(frozen=True)
 class Tiling:
-    """rows, columns, depth of a tile; stages, warps: Triton's; band: row tiles that share weights in a row."""
+    """rows, columns, depth of a tile; stages, warps: Triton's; band: row tiles that share weights in a row.
+
+    gluon: the kernel written for Hopper by hand.
+    """
 
     rows: int
     columns: int
@@ -25,6 +28,7 @@ class Tiling:
     stages: int
     warps: int
     band: int = 8
+    gluon: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,10 @@ SOME = Tiling(rows=64, columns=256, depth=64, stages=4, warps=8)
 FP8_MANY = Tiling(rows=64, columns=128, depth=128, stages=3, warps=4)
 FP8_DENSE = Tiling(rows=64, columns=128, depth=128, stages=3, warps=4, band=32)
 COLUMNS = Tiling(rows=64, columns=256, depth=128, stages=3, warps=8)
+# One program a multiprocessor, which all of its shared memory holds a ring of tiles for.
+MANY_BY_HAND = Tiling(rows=128, columns=256, depth=64, stages=4, warps=4, gluon=True)
+FP8_MANY_BY_HAND = Tiling(rows=128, columns=256, depth=128, stages=4, warps=4, gluon=True)
+COLUMNS_BY_HAND = Tiling(rows=64, columns=256, depth=128, stages=4, warps=4, gluon=True)
 FEW = Tiling(rows=16, columns=64, depth=128, stages=4, warps=4)
 FEW_SWIGLU = Tiling(rows=16, columns=64, depth=128, stages=3, warps=4)
 # Float32 and cards before Hopper: no asynchronous products, less shared memory.
