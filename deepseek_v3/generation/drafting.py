@@ -178,7 +178,7 @@ class Drafter:
         Returns:
             Drafts [B, count], and each one's distribution [B, V] (None if greedy).
         """
-        rows, drafts, drawn = self.rows, self.rows.n.new_empty(len(self.rows.index), 0), []
+        drafts, drawn = self.rows.n.new_empty(len(self.rows.index), 0), []
         again, window, following, previous = self._known_rows()
         for depth in range(max(count, self.modules)):
             if depth < self.modules:

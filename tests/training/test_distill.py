@@ -48,10 +48,10 @@ def test_losses_are_those_of_the_drafts_that_generate_makes(modules, state, prom
 
 
 def drafted_logits(model, text, depth):
-    """Log-probabilities of each depth's draft after each token of [1, T], every module run from the first token on,
-    one sequence at a time and without a mask: what the drafter does where all of its drafts are right."""
-    embeds, pre_norm = model.get_input_embeddings()(text), model.config.mtp_hidden_state == "pre_norm"
-    modules, result = model.config.num_nextn_predict_layers, []
+    """Log-probabilities of each depth's draft after each token of [1, T], every module run from the first token on
+    for one row after another, without cache or mask: what the drafter does where all of its drafts are right."""
+    embeds, modules = model.get_input_embeddings()(text), model.config.num_nextn_predict_layers
+    pre_norm, result = model.config.mtp_hidden_state == "pre_norm", []
     with torch.no_grad():
         base = model.model(text)
         states = base.pre_norm_hidden_state if pre_norm else base.last_hidden_state
@@ -60,13 +60,11 @@ def drafted_logits(model, text, depth):
             for k in range(1, depth + 1):
                 if k <= modules:
                     inputs = (previous, embeds[:, k : row + 1 + k])
-                    normed, previous = model.draft(k - 1, *inputs, None, torch.arange(row + 1)[None])
-                    last = (previous if k == modules else None, inputs)
-                    carry = previous[:, -1:]
-                else:
-                    inputs = tuple(torch.cat(pair, dim=1) for pair in zip(last[1], (carry, embeds[:, row + k :][:, :1])))
-                    normed, after = model.draft(modules - 1, *inputs, None, torch.arange(inputs[0].shape[1])[None])
-                    last, carry = (None, inputs), after[:, -1:]
+                else:  # a row more, of the last module's own output
+                    more = (previous[:, -1:], embeds[:, row + k : row + k + 1])
+                    inputs = tuple(torch.cat(pair, dim=1) for pair in zip(inputs, more, strict=True))
+                rows = torch.arange(inputs[0].shape[1])[None]
+                normed, previous = model.draft(min(k, modules) - 1, *inputs, None, rows)
                 logits.append(log_softmax(model.lm_head(normed[0, -1]), dim=-1))
             result.append(logits)
     return result
