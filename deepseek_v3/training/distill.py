@@ -137,8 +137,8 @@ def distill_mtp(
     input_ids: torch.Tensor,
     output: str,
     *,
-    depth: int = 2,
-    steps: int = 300,
+    depth: int = 3,
+    steps: int = 200,
     batch: int = 8,
     learning_rate: float = 2e-3,
     warmup: int = 20,
@@ -225,7 +225,7 @@ def _only_mtp_learns(model: Any) -> Iterator[None]:
 def distill_on_texts(
     model: Any, tokenizer: Any, texts: list[str], settings: DistillSettings, say: Callable[[str], None] = print
 ) -> list[dict[str, Any]]:
-    """Let the main model go on from the beginnings of `texts`, and its MTP modules learn from what it writes.
+    """Let the main model go on from pieces of `texts`, and its MTP modules learn from what it writes.
 
     Args:
         model: as of `distill_mtp`.

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deepseek_v3 import LatentCache
 from deepseek_v3.cli import main
+from deepseek_v3.training import distill
 from deepseek_v3.training.demo_decoding import compare_decoding
 
 
@@ -89,11 +90,15 @@ def test_train_goes_on_from_a_folder(trained):
     assert main([*more, "--steps", "2", "--block", "64", "--batch", "2", "--held-out", "0.1"]) == 0
 
 
-def test_distill_leaves_the_main_model_as_it_is(trained, capsys):
-    source, output = trained / "out", trained / "distilled"
+@pytest.mark.parametrize("temperature", ["0", "1.5"])
+def test_distill_leaves_the_main_model_as_it_is(temperature, trained, tmp_path, monkeypatch, capsys):
+    asked, write = [], distill.own_text
+    monkeypatch.setattr(distill, "own_text", lambda *args, **options: asked.append(options) or write(*args, **options))
+    source, output = trained / "out", tmp_path / "distilled"
     command = ["distill", "--model", str(source), "--data", str(trained / "data"), "--output", str(output)]
     command += ["--rows", "8", "--prompt", "16", "--new-tokens", "16", "--steps", "12", "--warmup", "2"]
-    assert main([*command, "--held-out", "0.1"]) == 0
+    assert main([*command, "--held-out", "0.1", "--temperature", temperature]) == 0
+    assert asked == [{"do_sample": True, "temperature": 1.5} if temperature == "1.5" else {}]
     assert "8 prompts of 16 tokens" in capsys.readouterr().out
     before, after = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (source, output))
     module = "model.layers.3."

@@ -26,6 +26,9 @@ def test_own_text_is_what_the_model_writes_greedily(prompts):
     ends = int(text[0, 9])
     model.generation_config.eos_token_id = ends
     torch.testing.assert_close(own_text(model, prompts, 5), text)  # goes on after a text's end
+    torch.manual_seed(0)
+    sampled = own_text(model, prompts, 5, do_sample=True, temperature=2.0)
+    assert torch.equal(sampled[:, :8], prompts) and not torch.equal(sampled, text)
 
 
 @pytest.mark.parametrize("state", ["post_norm", "pre_norm"])
@@ -116,3 +119,7 @@ def test_bad_input_says_what_to_change(prompts, tmp_path):
         distill_mtp(model, prompts, str(tmp_path), depth=1)
     with pytest.raises(ValueError, match="depth = 8"):
         distill_mtp(model, prompts, str(tmp_path), depth=8)
+    projection = model.model.mtp_layers[1].eh_proj
+    projection.weight = torch.nn.Parameter(projection.weight.to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(ValueError, match="eh_proj.weight is quantised"):
+        distill_mtp(model, prompts, str(tmp_path))
