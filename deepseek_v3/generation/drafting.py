@@ -24,9 +24,11 @@ class Rows:
         prompt_mask: [B, P] bool, which slots of the prompt hold tokens.
         prompt_positions: [B, P], their positions.
         past: slots that an earlier call filled.
+        grows: whether the cache appends tokens to all that came before, without a window and a fixed length.
 
     Attributes:
         index: original row of each.
+        plain: whether all slots of every row count, so that its tokens lie one after another.
         n: [B] slot of the token that was chosen last and not processed yet.
         chosen: [B] that token.
         prompt_end: [B] slot after the prompt's last token.
@@ -35,11 +37,15 @@ class Rows:
         known: known_from, on the host.
     """
 
-    def __init__(self, prompt_mask: torch.Tensor, prompt_positions: torch.Tensor, past: int) -> None:
+    def __init__(self, prompt_mask: torch.Tensor, prompt_positions: torch.Tensor, past: int, grows: bool) -> None:
         columns = torch.arange(prompt_mask.shape[1], device=prompt_mask.device)
         self.index = list(range(len(prompt_mask)))
+        self.unpadded = bool(prompt_mask.all())
+        self.plain = self.unpadded and grows
         self.prompt_mask, self.prompt_positions = prompt_mask, prompt_positions
         self.prompt_end = torch.where(prompt_mask, columns + 1, 0).amax(dim=1)
+        # What a slot after the prompt has to its position.
+        self.ahead = prompt_positions.gather(1, self.prompt_end[:, None] - 1) + 1 - self.prompt_end[:, None]  # [B, 1]
         self.n = self.prompt_end.clone()
         self.chosen = torch.zeros_like(self.n)
         first = torch.where(prompt_mask, columns, prompt_mask.shape[1]).amin(dim=1)
@@ -49,7 +55,7 @@ class Rows:
     def select(self, keep: torch.Tensor) -> None:
         """Go on with the rows `keep` (positions among the present ones)."""
         self.index = [self.index[i] for i in keep.tolist()]
-        for name in ("n", "chosen", "prompt_mask", "prompt_positions", "prompt_end", "known_from"):
+        for name in ("n", "chosen", "prompt_mask", "prompt_positions", "prompt_end", "ahead", "known_from"):
             setattr(self, name, getattr(self, name)[keep])
         self.stands, self.known = ([values[i] for i in keep.tolist()] for values in (self.stands, self.known))
 
@@ -64,11 +70,16 @@ class Rows:
         unknown = [max(first - (n + offset), 0) for n, first in zip(self.stands, self.known, strict=True)]
         return min(ends), max(end + more for end, more in zip(ends, unknown, strict=True))
 
+    def abreast(self, offset: int) -> int | None:
+        """Slot n + `offset` of every row, where it is the same one and each row's slots up to there are all known."""
+        first = min(self.stands) + offset
+        alike = self.plain and max(self.stands) + offset == first and first >= max(self.known)
+        return first if alike else None
+
     def position_ids(self, slots: torch.Tensor) -> torch.Tensor:
         """Positions of the tokens in [B, T] slots: the prompt's own, then one after another."""
-        last = self.prompt_positions.gather(1, self.prompt_end[:, None] - 1)
         inside = self.prompt_positions.gather(1, slots.clamp(0, self.prompt_positions.shape[1] - 1))
-        return torch.where(slots < self.prompt_end[:, None], inside, last + 1 + slots - self.prompt_end[:, None])
+        return torch.where(slots < self.prompt_end[:, None], inside, slots + self.ahead)
 
     def visible(self, queries: torch.Tensor, shown: range, start: int = 0, window: int | None = None) -> torch.Tensor:
         """[B, 1, T, len(shown)] mask: which of the slots `shown` a query in each of `queries` [B, T] slots may look
@@ -109,6 +120,9 @@ class Drafter:
         # [B, 1 + deepest + 1]: how many tokens a row was given beyond slot n and not moved on by, and the tokens.
         self.settled = rows.n.new_zeros(len(rows.index), deepest + 2)
         self.missed = deepest + self.modules  # tokens that a row was given at most since the modules ran
+        # What `_slots` and `_places` add to n and index rows with: -window .. deepest, and 0 .. B - 1 in a column.
+        self.around = torch.arange(-self.window, deepest + 1, device=rows.n.device)
+        self.batch = torch.arange(len(rows.index), device=rows.n.device)[:, None]
 
     def start(self, states: torch.Tensor, embeddings: torch.Tensor, past: int) -> None:
         """Run the modules over the prompt, as far as its tokens are known.
@@ -139,18 +153,20 @@ class Drafter:
 
     def _fill(self, states: torch.Tensor, embeddings: torch.Tensor, past: int) -> None:
         """Put the last `window` states before each row's n, and the embeddings of the slots after them, in place."""
-        batch, places = self._places(-self.window, 0)
+        batch, places = self._places(self._slots(-self.window, 0))
         at = (self.rows.n - past)[:, None] + torch.arange(-self.window, 0, device=states.device)
         self.states = states.new_zeros(len(states), self.ring, states.shape[2])
         self.embeddings = self.states.clone()
         self.states[batch, places] = states[batch, at.clamp(min=0)]
         self.embeddings[batch, places] = embeddings[batch, (at + 1).clamp(min=0)]
 
-    def _places(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Indices [B, 1] and [B, stop - start] of slots n + start .. n + stop - 1 in what goes round."""
-        n = self.rows.n
-        batch = torch.arange(len(n), device=n.device)[:, None]
-        return batch, (n[:, None] + torch.arange(start, stop, device=n.device)) % self.ring
+    def _slots(self, start: int, stop: int) -> torch.Tensor:
+        """[B, stop - start], slots n + start .. n + stop - 1."""
+        return self.rows.n[:, None] + self.around[start + self.window : stop + self.window]
+
+    def _places(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Indices [B, 1] and [B, .] of [B, .] slots in what goes round."""
+        return self.batch[: len(slots)], slots % self.ring
 
     def draft(self, count: int, choose: Any) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
         """Draft `count` tokens for every row.
@@ -162,7 +178,7 @@ class Drafter:
         Returns:
             Drafts [B, count], and each one's distribution [B, V] (None if greedy).
         """
-        rows, drafts, drawn = self.rows, self.rows.n.new_empty(len(self.rows.index), 0), []
+        drafts, drawn = self.rows.n.new_empty(len(self.rows.index), 0), []
         again, window, following, previous = self._known_rows()
         for depth in range(max(count, self.modules)):
             if depth < self.modules:
@@ -172,7 +188,7 @@ class Drafter:
             else:  # the last module again, on its own output, one row further each time
                 offset = depth - self.modules
                 embeds = self.embed(drafts[:, -1:])
-                normed, carry = self._run(self.modules - 1, carry, embeds, (rows.n + offset)[:, None], offset)
+                normed, carry = self._run(self.modules - 1, carry, embeds, self._slots(offset, offset + 1), offset)
             if depth >= count:
                 continue  # a module that drafts nothing in this step
             tokens, distribution = choose(drafts, self.model.lm_head(normed[:, -1]))
@@ -191,9 +207,9 @@ class Drafter:
     def _known_rows(self) -> tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]:
         """The rows that are run again before n: how many, their slots [B, r], the embeddings after them [B, r +
         modules, D], zeros where no token is known, and their states [B, r, D]."""
-        again, n = self._again, self.rows.n
-        window = n[:, None] + torch.arange(-again, 0, device=n.device)
-        places = self._places(-again, 0)
+        again = self._again
+        window = self._slots(-again, 0)
+        places = self._places(window)
         following = torch.nn.functional.pad(self.embeddings[places], (0, 0, 0, self.modules))
         return again, window, following, self.states[places]
 
@@ -218,6 +234,9 @@ class Drafter:
         """One module on rows in slots `queries` [B, N], which begin at n + `offset` or, in a prompt, anywhere. Rows
         before what is known in this call run for nothing, out of sight: beyond the last valid slot, which is cleared.
         """
+        appended = None if offset is None else self._append(module, previous, embeds, queries, offset)
+        if appended is not None:
+            return appended
         rows = self.rows
         known = queries >= rows.known_from[:, None]
         end = torch.where(known, queries + 1, 0).amax(dim=1)
@@ -237,6 +256,21 @@ class Drafter:
         positions = rows.position_ids(queries.clamp(min=0))
         with self.cache.rows(RowSlots(slots, end, low, extent)):
             return self.model.draft(module, previous, embeds, mask, positions, self.cache, "absorbed", spans)
+
+    def _append(
+        self, module: int, previous: torch.Tensor, embeds: torch.Tensor, queries: torch.Tensor, offset: int
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """As `_run`, where the rows stand alike and need no places of their own; None where they do not."""
+        rows, index = self.rows, self.first_layer + module
+        first = rows.abreast(offset)
+        if first is None or self.cache.mtp_start or self.cache.graphs is not None:
+            return None
+        if int(self.cache.get_seq_length(index)) < first:
+            return None  # the module has missed tokens
+        self.cache.layers[index].settle(first)
+        inside = first < rows.prompt_mask.shape[1]
+        positions = rows.position_ids(queries) if inside else queries + rows.ahead
+        return self.model.draft(module, previous, embeds, None, positions, self.cache, "absorbed")
 
     def hold(self) -> None:
         """Keep in the cache whatever a row may still look at, the rows that are run again included."""
@@ -258,7 +292,7 @@ class Drafter:
     def advance(self) -> None:
         """Move the rows on by what was taken; nothing where nothing was."""
         rows, kept, tokens = self.rows, self.settled[:, 0], self.settled[:, 1:]
-        places = self._places(0, tokens.shape[1])
+        places = self._places(self._slots(0, tokens.shape[1]))
         self.states.index_put_(places, self.fresh)
         self.embeddings.index_put_(places, self.embed(tokens))
         last = tokens.gather(1, (kept - 1).clamp(min=0)[:, None])[:, 0]

@@ -57,7 +57,8 @@ class SpeculativeDecoder:
         self.model, self.cache, self.config, self.streamer = model, cache, config, streamer
         self.input_ids, self.prompt_embeds, self.keep_cache = input_ids, prompt_embeds, keep_cache
         self.past = int(cache.get_seq_length())
-        self.rows = Rows(prompt_mask, prompt_positions, self.past)
+        grows = cache.sliding_window is None and cache.max_cache_len is None
+        self.rows = Rows(prompt_mask, prompt_positions, self.past, grows)
         self.policy = make_depth(depth, model, len(input_ids))
         # A graph runs as many rows as it was made for, and a fixed cache has no slots to spare.
         idle = self.policy.idle if cache.graphs is None and cache.max_cache_len is None else 0
@@ -69,7 +70,6 @@ class SpeculativeDecoder:
         self.policy.begin(self.statistics)
         self.new: list[list[int]] = [[] for _ in range(batch)]
         self.done = [False] * batch
-        self.plain_rows = False
 
     def run(self) -> Any:
         """Decode until every row has ended; token ids [B, L], or a `GenerateMtpOutput`."""
@@ -128,14 +128,11 @@ class SpeculativeDecoder:
         if embeds is None:
             embeds = self.model.get_input_embeddings()(self.input_ids[:, self.past :])
         rows, end = self.rows, self.past + embeds.shape[1]
-        unpadded = bool(rows.prompt_mask.all())
-        # Without padding, window and fixed length the tokens that count lie one after another.
-        self.plain_rows = unpadded and self.cache.sliding_window is None and self.cache.max_cache_len is None
         last = rows.prompt_end - 1 - self.past  # [B]
         columns, where = torch.unique(last, return_inverse=True)
         output = self.model(
             inputs_embeds=embeds,
-            attention_mask=None if unpadded else rows.prompt_mask,
+            attention_mask=None if rows.unpadded else rows.prompt_mask,
             position_ids=rows.prompt_positions[:, self.past : end],
             past_key_values=self.cache,
             use_cache=True,
@@ -196,7 +193,7 @@ class SpeculativeDecoder:
             output = self.model(
                 input_ids=tokens,
                 attention_mask=mask,
-                position_ids=rows.position_ids(slots),
+                position_ids=slots + rows.ahead,
                 past_key_values=self.cache,
                 use_cache=True,
                 mla_form="absorbed",
@@ -216,9 +213,10 @@ class SpeculativeDecoder:
         low, extent = min(rows.stands) + count, max(rows.stands) + count
         graphs, layers = self.cache.graphs, self.cache.layers[: self.model.config.num_hidden_layers]
         spans = None if graphs is None else graphs.row_spans(layers, slots, extent)
-        if spans is None and low == extent and self.plain_rows:
+        first = rows.abreast(0)
+        if spans is None and first is not None:
             for layer in layers:
-                layer.settle(low - count)
+                layer.settle(first)
             return nullcontext(), None, None
         mask = None
         if spans is None:

@@ -245,6 +245,8 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel):
         if few and grows and attention_mask is None and length == 1:
             place = past_key_values.extension(len(inputs_embeds), 1, layer_idx, inputs_embeds.dtype, counted)
             return form, None, Spans(None, None, place)
+        if form == "absorbed" and not few and grows and attention_mask is None and window is None and keys > length:
+            return form, _lower_right(length, keys, inputs_embeds.device), None
         config: Any = self.config
         if form == "absorbed" or window is not None:
             config = copy.copy(config)
@@ -309,6 +311,13 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel):
                 f"tokens takes [{batch}, {length}] or [1, {length}]"
             )
         return position_ids
+
+
+def _lower_right(queries: int, keys: int, device: torch.device) -> torch.Tensor | None:
+    """[1, 1, T, S] for the newest T of S tokens, each of which sees itself and all before; None where one sees all."""
+    if queries == 1:
+        return None
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)[None, None]
 
 
 def _window(cache: Any, attention_mask: Any, queries: int, keys: Any) -> int | None:

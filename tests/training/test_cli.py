@@ -10,11 +10,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deepseek_v3 import LatentCache
 from deepseek_v3.cli import main
+from deepseek_v3.training import distill
 from deepseek_v3.training.demo_decoding import compare_decoding
 
 
 def test_help_of_every_command(capsys):
-    for command in ([], ["train"], ["generate"], ["demo"]):
+    for command in ([], ["train"], ["distill"], ["generate"], ["demo"]):
         with pytest.raises(SystemExit) as stop:
             main([*command, "--help"])
         assert stop.value.code == 0
@@ -89,6 +90,26 @@ def test_train_goes_on_from_a_folder(trained):
     assert main([*more, "--steps", "2", "--block", "64", "--batch", "2", "--held-out", "0.1"]) == 0
 
 
+@pytest.mark.parametrize("temperature", ["0", "1.5"])
+def test_distill_leaves_the_main_model_as_it_is(temperature, trained, tmp_path, monkeypatch, capsys):
+    asked, write = [], distill.own_text
+    monkeypatch.setattr(distill, "own_text", lambda *args, **options: asked.append(options) or write(*args, **options))
+    source, output = trained / "out", tmp_path / "distilled"
+    command = ["distill", "--model", str(source), "--data", str(trained / "data"), "--output", str(output)]
+    command += ["--rows", "8", "--prompt", "16", "--new-tokens", "16", "--steps", "12", "--warmup", "2"]
+    assert main([*command, "--held-out", "0.1", "--temperature", temperature]) == 0
+    assert asked == [{"do_sample": True, "temperature": 1.5} if temperature == "1.5" else {}]
+    assert "8 prompts of 16 tokens" in capsys.readouterr().out
+    before, after = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (source, output))
+    module = "model.layers.3."
+    changed = {name for name, weight in after.items() if not torch.equal(weight, before[name])}
+    assert f"{module}eh_proj.weight" in changed and all(name.startswith(module) for name in changed)
+    log = json.loads((output / "distill_log.json").read_text())
+    losses = [entry["loss"] for entry in log["log"] if "loss" in entry]
+    assert losses[-1] < losses[0] and len(log["acceptance"]) == len(log["acceptance_before"]) == 1
+    assert AutoTokenizer.from_pretrained(output).get_vocab() == AutoTokenizer.from_pretrained(source).get_vocab()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -98,6 +119,13 @@ def test_train_goes_on_from_a_folder(trained):
         (["train", "--data", "{data}", "--output", "out", "--set", "n_group=3", "--held-out", "0.1"], "n_group = 3"),
         (["generate", "--model", "{data}/../out", "--prompt", "x", "--sliding-window", "0"], "sliding_window = 0"),
         (["generate", "--model", "nowhere", "--prompt", "x"], "nowhere"),
+        (["distill", "--model", "nowhere", "--data", "{data}", "--output", "out"], "nowhere is no model folder"),
+        (["distill", "--model", "{data}/../out", "--data", "{data}", "--output", "{data}/../out"], "own folder"),
+        (
+            ["distill", "--model", "{data}/../out", "--data", "{data}", "--output", "out", "--held-out", "0.1"]
+            + ["--depth", "0"],
+            "depth = 0",
+        ),
         (["generate", "--model", "{data}/../out", "--prompt", "x", "--chat"], "no chat template"),
     ],
 )
